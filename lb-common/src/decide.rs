@@ -1,0 +1,182 @@
+//! The whole policy: what happens to a packet that starts a connection.
+//!
+//! [`decide`] answers for one packet; [`classify`] answers for every packet that asks the same [`Question`], without
+//! choosing: `fairlead explain` lists what may be chosen. Packets of known connections never come here
+//! (source: `kube-proxy.md` §3).
+
+use crate::{
+    addr::{Addr, Port},
+    layout::{Endpoint, Frontend, FrontendKey, Range, endpoint_flags, frontend_flags, node_flags},
+    reason::Reason,
+    tables::Tables,
+};
+
+/// What a decision depends on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Question {
+    /// The packet's source address.
+    pub src: Addr,
+    /// The packet's destination address.
+    pub dst: Addr,
+    /// The packet's destination port.
+    pub dport: Port,
+    /// IP protocol number.
+    pub proto: u8,
+    /// Whether a process of the node itself sends it.
+    pub from_node: bool,
+    /// ifindex of the device it came by; 0 for processes of the node.
+    pub device: u32,
+}
+
+/// The answer before an endpoint is chosen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Class {
+    /// One endpoint of the range gets it.
+    Forward(Forward),
+    /// It is refused at once.
+    Reject(Reason),
+    /// It is dropped.
+    Drop(Reason),
+    /// It is not ours.
+    Pass(Reason),
+}
+
+/// Where a packet may go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Forward {
+    /// Slots of the endpoints that may be chosen; never empty.
+    pub range: Range,
+    /// Id of the Service port.
+    pub service: u32,
+    /// Flags of the frontend ([`frontend_flags`]).
+    pub flags: u32,
+    /// Whether the source is rewritten, whichever endpoint is chosen (but see [`Forward::masquerades`]).
+    pub masquerade: bool,
+}
+
+impl Forward {
+    /// Whether the source is rewritten on the way to this endpoint: also where a pod reaches itself (M8).
+    #[must_use]
+    #[inline(always)]
+    pub const fn masquerades(&self, src: &Addr, endpoint: &Endpoint) -> bool {
+        let kept = self.flags & frontend_flags::PRESERVE_LOCAL != 0 && endpoint.flags & endpoint_flags::LOCAL != 0;
+        self.masquerade && !kept || endpoint.addr.same(src)
+    }
+}
+
+/// The answer, with an endpoint chosen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Decision {
+    /// The destination becomes this endpoint.
+    Forward(Choice),
+    /// It is refused at once.
+    Reject(Reason),
+    /// It is dropped.
+    Drop(Reason),
+    /// It is not ours.
+    Pass(Reason),
+}
+
+/// A chosen endpoint.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Choice {
+    /// Its id.
+    pub id: u32,
+    /// What the id stands for.
+    pub endpoint: Endpoint,
+    /// Id of the Service port.
+    pub service: u32,
+    /// Flags of the frontend ([`frontend_flags`]).
+    pub flags: u32,
+    /// Whether the source is rewritten.
+    pub masquerade: bool,
+}
+
+/// What happens to a packet that starts a connection; `hash` picks among the endpoints that may be chosen.
+#[inline(always)]
+pub fn decide<T: Tables>(question: &Question, hash: u32, tables: &T) -> Decision {
+    match classify(question, tables) {
+        Class::Forward(forward) => match select(&forward.range, hash, tables) {
+            Some((id, endpoint)) => Decision::Forward(Choice {
+                id,
+                endpoint: *endpoint,
+                service: forward.service,
+                flags: forward.flags,
+                masquerade: forward.masquerades(&question.src, endpoint),
+            }),
+            None => Decision::Drop(Reason::Internal),
+        },
+        Class::Reject(reason) => Decision::Reject(reason),
+        Class::Drop(reason) => Decision::Drop(reason),
+        Class::Pass(reason) => Decision::Pass(reason),
+    }
+}
+
+/// What happens to packets that ask this question.
+#[inline(always)]
+pub fn classify<T: Tables>(question: &Question, tables: &T) -> Class {
+    let Question { src, dst, dport, proto, from_node, device } = question;
+    let Some(frontend) = find(dst, *dport, *proto, tables) else {
+        return if tables.in_service_cidr(dst) {
+            Class::Drop(Reason::Unallocated)
+        } else {
+            Class::Pass(Reason::NotService)
+        };
+    };
+    let Frontend { internal, external, service, flags } = *frontend;
+    if flags & frontend_flags::ANY_PORT != 0 {
+        return Class::Reject(Reason::UnknownPort);
+    }
+    // Before anything else, also for a frontend without endpoints (nftables' order, `kube-proxy.md` §3).
+    if flags & frontend_flags::SOURCE_RANGES != 0 && !tables.in_source_ranges(service, src) {
+        return Class::Drop(Reason::SourceRange);
+    }
+    let mut masquerade = flags & frontend_flags::MASQUERADE != 0;
+    let mut inside = true;
+    if flags & frontend_flags::EXTERNAL_LOCAL != 0 {
+        if tables.is_local_source(src, *device) {
+            masquerade = false;
+        } else {
+            inside = *from_node || tables.node_address(src) & node_flags::LOCAL != 0;
+            masquerade = inside;
+        }
+    } else if flags & frontend_flags::MASQUERADE_UNDETECTED != 0 {
+        masquerade |= !tables.is_local_source(src, *device);
+    }
+    let (range, drops) =
+        if inside { (internal, frontend_flags::INTERNAL_DROP) } else { (external, frontend_flags::EXTERNAL_DROP) };
+    if range.len == 0 {
+        return if flags & drops != 0 {
+            Class::Drop(Reason::NoLocalEndpoints)
+        } else {
+            Class::Reject(Reason::NoEndpoints)
+        };
+    }
+    Class::Forward(Forward { range, service, flags, masquerade })
+}
+
+/// The frontend that a packet is sent to: of its address, else of the NodePort, else of any port of the address.
+#[inline(always)]
+pub fn find<'a, T: Tables>(dst: &Addr, dport: Port, proto: u8, tables: &'a T) -> Option<&'a Frontend> {
+    if tables.may_be_frontend(dst, dport)
+        && let Some(frontend) = tables.frontend(&FrontendKey::new(*dst, dport, proto))
+    {
+        return Some(frontend);
+    }
+    let unspecified = dst.unspecified();
+    if tables.may_be_frontend(&unspecified, dport)
+        && tables.node_address(dst) & node_flags::NODE_PORTS != 0
+        && let Some(frontend) = tables.frontend(&FrontendKey::new(unspecified, dport, proto))
+    {
+        return Some(frontend);
+    }
+    if tables.may_be_frontend(dst, Port::ZERO) { tables.frontend(&FrontendKey::any_port(*dst)) } else { None }
+}
+
+/// The endpoint of a range that a hash picks, with its id.
+#[inline(always)]
+pub fn select<'a, T: Tables>(range: &Range, hash: u32, tables: &'a T) -> Option<(u32, &'a Endpoint)> {
+    let index = range.offset.wrapping_add(hash.checked_rem(range.len)?);
+    let id = tables.slot(index)?;
+    Some((id, tables.endpoint(id)?))
+}

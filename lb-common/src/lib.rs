@@ -1,0 +1,18 @@
+//! What the kernel programs and the agent must agree on.
+//!
+//! In the order in which a packet meets them: header reading ([`parse`]), the policy ([`decide`]), what is
+//! remembered about a connection ([`flow`]), header writing ([`rewrite`], [`icmp`], [`refuse`]). All of it runs against
+//! two traits, [`packet::Packet`] for the bytes and [`tables::Tables`] for the state, so the same code runs in the kernel,
+//! in `fairlead explain`, under proptest and under the fuzzer.
+//!
+//! Nothing here allocates, prints, or knows of Kubernetes.
+#![cfg_attr(not(any(test, feature = "user")), no_std)]
+
+pub mod addr;
+pub mod decide;
+pub mod layout;
+pub mod reason;
+pub mod tables;
+
+#[cfg(any(test, feature = "user"))]
+pub mod memory;

@@ -1,0 +1,12 @@
+//! The Fairlead agent, in the order in which data flows through it:
+//! [`source`] → [`model`] → [`plan`] → [`image`] → [`kernel`].
+//!
+//! `model`, `plan` and `image` are pure: no I/O, no clock, no logging. [`agent`] drives them, [`cli`] is the door.
+
+pub mod agent;
+pub mod cli;
+pub mod image;
+pub mod kernel;
+pub mod model;
+pub mod plan;
+pub mod source;

@@ -1,0 +1,508 @@
+//! Kubernetes objects with the fields that kube-proxy reads (and, for Pods, that the EndpointSlice controller reads), and no
+//! others. Field names and meanings are the API's.
+
+use std::{collections::BTreeMap, fmt, sync::Arc};
+
+use serde::Deserialize;
+
+/// `namespace/name`; the namespace is empty for objects without one.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ObjectName {
+    /// The namespace.
+    pub namespace: Arc<str>,
+    /// The name within it.
+    pub name: Arc<str>,
+}
+
+impl ObjectName {
+    /// The object of this name.
+    #[must_use]
+    pub fn new(namespace: &str, name: &str) -> Self {
+        Self { namespace: namespace.into(), name: name.into() }
+    }
+}
+
+impl fmt::Display for ObjectName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.namespace.is_empty() { f.write_str(&self.name) } else { write!(f, "{}/{}", self.namespace, self.name) }
+    }
+}
+
+/// What all objects have.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+pub struct Metadata {
+    /// The name.
+    pub name: String,
+    /// The namespace; empty stands for `default` in kinds that have one.
+    pub namespace: String,
+    /// Labels.
+    #[serde(deserialize_with = "nullable")]
+    pub labels: BTreeMap<String, String>,
+    /// RFC 3339; compares as text.
+    pub creation_timestamp: Option<String>,
+    /// Set while the object is being deleted.
+    pub deletion_timestamp: Option<String>,
+}
+
+impl Metadata {
+    /// The name of an object that lives in a namespace.
+    #[must_use]
+    pub fn namespaced(&self) -> ObjectName {
+        ObjectName::new(if self.namespace.is_empty() { "default" } else { &self.namespace }, &self.name)
+    }
+}
+
+/// A transport protocol that Services know.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Deserialize)]
+#[serde(rename_all = "UPPERCASE")]
+pub enum Protocol {
+    /// TCP, also where nothing is said.
+    #[default]
+    Tcp,
+    /// UDP.
+    Udp,
+    /// SCTP.
+    Sctp,
+}
+
+impl Protocol {
+    /// The IP protocol number.
+    #[must_use]
+    pub const fn number(self) -> u8 {
+        match self {
+            Self::Tcp => lb_common::layout::protocol::TCP,
+            Self::Udp => lb_common::layout::protocol::UDP,
+            Self::Sctp => lb_common::layout::protocol::SCTP,
+        }
+    }
+
+    /// The protocol with this IP protocol number.
+    #[must_use]
+    pub const fn from_number(number: u8) -> Option<Self> {
+        match number {
+            lb_common::layout::protocol::TCP => Some(Self::Tcp),
+            lb_common::layout::protocol::UDP => Some(Self::Udp),
+            lb_common::layout::protocol::SCTP => Some(Self::Sctp),
+            _ => None,
+        }
+    }
+}
+
+impl fmt::Display for Protocol {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Tcp => "TCP",
+            Self::Udp => "UDP",
+            Self::Sctp => "SCTP",
+        })
+    }
+}
+
+/// A Service.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(default)]
+pub struct Service {
+    /// Name, labels, age.
+    pub metadata: Metadata,
+    /// What the user asked for.
+    pub spec: ServiceSpec,
+    /// What the cloud gave.
+    pub status: ServiceStatus,
+}
+
+/// `spec` of a Service.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+pub struct ServiceSpec {
+    /// Kind of Service.
+    #[serde(rename = "type")]
+    pub type_: ServiceType,
+    /// The first ClusterIP, `None` for headless Services.
+    #[serde(rename = "clusterIP")]
+    pub cluster_ip: Option<String>,
+    /// ClusterIPs, one a family.
+    #[serde(rename = "clusterIPs", deserialize_with = "nullable")]
+    pub cluster_ips: Vec<String>,
+    /// `IPv4`, `IPv6`, in the order of `clusterIPs`.
+    #[serde(deserialize_with = "nullable")]
+    pub ip_families: Vec<String>,
+    /// Ports.
+    #[serde(deserialize_with = "nullable")]
+    pub ports: Vec<ServicePort>,
+    /// Labels that the Service's Pods have; empty: endpoints are made by hand.
+    #[serde(deserialize_with = "nullable")]
+    pub selector: BTreeMap<String, String>,
+    /// Addresses that the user routes to the nodes.
+    #[serde(rename = "externalIPs", deserialize_with = "nullable")]
+    pub external_ips: Vec<String>,
+    /// Who may connect to the load balancer's addresses; empty: everyone.
+    #[serde(deserialize_with = "nullable")]
+    pub load_balancer_source_ranges: Vec<String>,
+    /// `Local`: clients inside reach endpoints of their own node only.
+    pub internal_traffic_policy: TrafficPolicy,
+    /// `Local`: clients outside reach endpoints of the node that they came to only.
+    pub external_traffic_policy: TrafficPolicy,
+    /// `ClientIP`: a client stays with its endpoint.
+    pub session_affinity: SessionAffinity,
+    /// Details of the affinity.
+    pub session_affinity_config: Option<SessionAffinityConfig>,
+    /// Where load balancers ask whether this node has endpoints.
+    pub health_check_node_port: u16,
+    /// Endpoints count as ready from the start.
+    pub publish_not_ready_addresses: bool,
+    /// The name that an ExternalName Service stands for.
+    pub external_name: Option<String>,
+}
+
+/// `spec.type`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+pub enum ServiceType {
+    /// Reachable inside the cluster.
+    #[default]
+    ClusterIP,
+    /// Reachable on a port of every node, too.
+    NodePort,
+    /// Reachable through a load balancer, too.
+    LoadBalancer,
+    /// A name in DNS and nothing else.
+    ExternalName,
+}
+
+impl ServiceType {
+    /// The API's word.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::ClusterIP => "ClusterIP",
+            Self::NodePort => "NodePort",
+            Self::LoadBalancer => "LoadBalancer",
+            Self::ExternalName => "ExternalName",
+        }
+    }
+}
+
+/// Whether traffic stays on its node.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+pub enum TrafficPolicy {
+    /// All endpoints.
+    #[default]
+    Cluster,
+    /// Endpoints of this node.
+    Local,
+}
+
+/// `spec.sessionAffinity`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+pub enum SessionAffinity {
+    /// Every connection is chosen anew.
+    #[default]
+    None,
+    /// Connections of a client address go to the same endpoint.
+    ClientIP,
+}
+
+/// `spec.sessionAffinityConfig`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+pub struct SessionAffinityConfig {
+    /// Details of `ClientIP`.
+    #[serde(rename = "clientIP")]
+    pub client_ip: Option<ClientIpConfig>,
+}
+
+/// `spec.sessionAffinityConfig.clientIP`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+pub struct ClientIpConfig {
+    /// Seconds after the last new connection; 10800 where nothing is said.
+    pub timeout_seconds: Option<u32>,
+}
+
+/// A port of a Service.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+pub struct ServicePort {
+    /// Its name; may be empty if there is only one.
+    pub name: String,
+    /// Its protocol.
+    pub protocol: Protocol,
+    /// The port of the ClusterIP.
+    pub port: u16,
+    /// The port of the nodes, or 0.
+    pub node_port: u16,
+    /// The port of the Pods; matters only where endpoints are made from Pods.
+    pub target_port: Option<PortRef>,
+}
+
+/// A port by number or by a container port's name.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(untagged)]
+pub enum PortRef {
+    /// The number.
+    Number(u16),
+    /// The name of a container port.
+    Name(String),
+}
+
+/// `status` of a Service.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+pub struct ServiceStatus {
+    /// The load balancer.
+    pub load_balancer: LoadBalancerStatus,
+}
+
+/// `status.loadBalancer`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(default)]
+pub struct LoadBalancerStatus {
+    /// Its addresses.
+    #[serde(deserialize_with = "nullable")]
+    pub ingress: Vec<LoadBalancerIngress>,
+}
+
+/// One address of the load balancer.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+pub struct LoadBalancerIngress {
+    /// The address; absent if the load balancer has only a name.
+    pub ip: Option<String>,
+    /// `VIP` (also when absent): packets arrive with this destination. `Proxy`: they don't, the address is not ours.
+    pub ip_mode: Option<String>,
+}
+
+/// An EndpointSlice (`discovery.k8s.io/v1`).
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+pub struct EndpointSlice {
+    /// Name, and the label that names the Service.
+    pub metadata: Metadata,
+    /// `IPv4`, `IPv6`, `FQDN`.
+    pub address_type: String,
+    /// Endpoints.
+    #[serde(deserialize_with = "nullable")]
+    pub endpoints: Vec<SliceEndpoint>,
+    /// Their ports.
+    #[serde(deserialize_with = "nullable")]
+    pub ports: Vec<SlicePort>,
+}
+
+/// One endpoint of an EndpointSlice.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+pub struct SliceEndpoint {
+    /// Only the first counts.
+    #[serde(deserialize_with = "nullable")]
+    pub addresses: Vec<String>,
+    /// What state it is in.
+    #[serde(deserialize_with = "nullable")]
+    pub conditions: EndpointConditions,
+    /// Where it runs.
+    pub node_name: Option<String>,
+    /// Who should use it.
+    pub hints: Option<EndpointHints>,
+}
+
+/// `conditions` of an endpoint.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(default)]
+pub struct EndpointConditions {
+    /// Absent is true.
+    pub ready: Option<bool>,
+    /// Absent is `ready`.
+    pub serving: Option<bool>,
+    /// Absent is false.
+    pub terminating: Option<bool>,
+}
+
+/// `hints` of an endpoint.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+pub struct EndpointHints {
+    /// Zones that should use it.
+    #[serde(deserialize_with = "nullable")]
+    pub for_zones: Vec<Hint>,
+    /// Nodes that should use it.
+    #[serde(deserialize_with = "nullable")]
+    pub for_nodes: Vec<Hint>,
+}
+
+/// The name of a zone or a node.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(default)]
+pub struct Hint {
+    /// The name.
+    pub name: String,
+}
+
+/// A port of an EndpointSlice.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(default)]
+pub struct SlicePort {
+    /// Joins to the Service port's name; absent: the port is skipped.
+    pub name: Option<String>,
+    /// The number; absent or 0: the port is skipped.
+    pub port: Option<u16>,
+    /// Joins to the Service port's protocol.
+    pub protocol: Option<Protocol>,
+}
+
+/// A Pod.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(default)]
+pub struct Pod {
+    /// Name, labels, whether it is being deleted.
+    pub metadata: Metadata,
+    /// Containers and node.
+    pub spec: PodSpec,
+    /// Phase, conditions and addresses.
+    pub status: PodStatus,
+}
+
+/// `spec` of a Pod.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+pub struct PodSpec {
+    /// Where it runs.
+    pub node_name: Option<String>,
+    /// Whether it uses the node's own network.
+    pub host_network: bool,
+    /// Containers.
+    #[serde(deserialize_with = "nullable")]
+    pub containers: Vec<Container>,
+    /// Init containers; those with `restartPolicy: Always` keep running.
+    #[serde(deserialize_with = "nullable")]
+    pub init_containers: Vec<Container>,
+}
+
+/// A container of a Pod.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+pub struct Container {
+    /// Its ports.
+    #[serde(deserialize_with = "nullable")]
+    pub ports: Vec<ContainerPort>,
+    /// `Always` makes an init container a sidecar.
+    pub restart_policy: Option<String>,
+}
+
+/// A port of a container.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+pub struct ContainerPort {
+    /// Its name.
+    pub name: String,
+    /// Its number.
+    pub container_port: u16,
+    /// Its protocol.
+    pub protocol: Protocol,
+}
+
+/// `status` of a Pod.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+pub struct PodStatus {
+    /// `Succeeded` and `Failed` Pods are no endpoints.
+    pub phase: String,
+    /// Conditions; `Ready` matters.
+    #[serde(deserialize_with = "nullable")]
+    pub conditions: Vec<PodCondition>,
+    /// The first address.
+    #[serde(rename = "podIP")]
+    pub pod_ip: Option<String>,
+    /// Addresses, one a family.
+    #[serde(rename = "podIPs", deserialize_with = "nullable")]
+    pub pod_ips: Vec<PodIp>,
+}
+
+/// A condition of a Pod.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(default)]
+pub struct PodCondition {
+    /// Its name.
+    #[serde(rename = "type")]
+    pub type_: String,
+    /// `True`, `False` or `Unknown`.
+    pub status: String,
+}
+
+/// An address of a Pod.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(default)]
+pub struct PodIp {
+    /// The address.
+    pub ip: String,
+}
+
+/// A Node.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(default)]
+pub struct Node {
+    /// Name and labels.
+    pub metadata: Metadata,
+    /// Pod networks.
+    pub spec: NodeSpec,
+    /// Addresses.
+    pub status: NodeStatus,
+}
+
+/// `spec` of a Node.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+pub struct NodeSpec {
+    /// The networks that its Pods' addresses come from.
+    #[serde(rename = "podCIDRs", deserialize_with = "nullable")]
+    pub pod_cidrs: Vec<String>,
+    /// The first of them.
+    #[serde(rename = "podCIDR")]
+    pub pod_cidr: Option<String>,
+}
+
+/// `status` of a Node.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(default)]
+pub struct NodeStatus {
+    /// Addresses.
+    #[serde(deserialize_with = "nullable")]
+    pub addresses: Vec<NodeStatusAddress>,
+}
+
+/// An address of a Node.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(default)]
+pub struct NodeStatusAddress {
+    /// `InternalIP`, `ExternalIP`, `Hostname`.
+    #[serde(rename = "type")]
+    pub type_: String,
+    /// The address.
+    pub address: String,
+}
+
+/// A ServiceCIDR (`networking.k8s.io/v1`).
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(default)]
+pub struct ServiceCidr {
+    /// Its name.
+    pub metadata: Metadata,
+    /// Its networks.
+    pub spec: ServiceCidrSpec,
+}
+
+/// `spec` of a ServiceCIDR.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(default)]
+pub struct ServiceCidrSpec {
+    /// The networks.
+    #[serde(deserialize_with = "nullable")]
+    pub cidrs: Vec<String>,
+}
+
+/// `null` is the empty value, as it is to the API server.
+fn nullable<'de, D, T>(deserializer: D) -> Result<T, D::Error>
+where
+    D: serde::Deserializer<'de>,
+    T: Default + Deserialize<'de>,
+{
+    Ok(Option::deserialize(deserializer)?.unwrap_or_default())
+}

@@ -1,0 +1,116 @@
+//! What this node must do for each Service: policies, topology and masquerade rules become lists of endpoints and flags.
+//!
+//! In: a Service, its [`Backend`]s, the [`NodeView`]. Out: a [`ServicePlan`]. Pure: no I/O, no clock, no logging.
+
+use std::{collections::BTreeSet, fmt, net::IpAddr, sync::Arc};
+
+use ipnet::IpNet;
+use lb_common::{addr::Addr, layout::FrontendKey};
+
+use crate::model::{ObjectName, object::Protocol};
+
+/// An endpoint of a Service as the model knows it, for one Service port.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Backend {
+    /// Name of the Service port that it serves.
+    pub port_name: Arc<str>,
+    /// Protocol of that port.
+    pub protocol: Protocol,
+    /// The pod's address.
+    pub addr: IpAddr,
+    /// The target port.
+    pub port: u16,
+    /// May get new connections.
+    pub ready: bool,
+    /// Still answers.
+    pub serving: bool,
+    /// Is going away.
+    pub terminating: bool,
+    /// Where it runs, if that is known.
+    pub node: Option<Arc<str>>,
+    /// Zones that should use it.
+    pub for_zones: Vec<Arc<str>>,
+    /// Nodes that should use it.
+    pub for_nodes: Vec<Arc<str>>,
+}
+
+/// What the plan knows of its own node and of the operator's wishes.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct NodeView {
+    /// The node's name, in lower case.
+    pub name: String,
+    /// Label `topology.kubernetes.io/zone`, if there is one.
+    pub zone: Option<String>,
+    /// The node's primary addresses (status InternalIP, then ExternalIP), one a family at most.
+    pub primary: Vec<IpAddr>,
+    /// Whether a local detector is configured (`detectLocalMode`), which makes rule M2 apply.
+    pub detects_local: bool,
+    /// `masqueradeAll` (M1).
+    pub masquerade_all: bool,
+    /// `--preserve-client-ip`.
+    pub preserve_client_ip: bool,
+}
+
+/// A Service port: what one id in the kernel stands for.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct PortName {
+    /// The Service.
+    pub service: ObjectName,
+    /// The port's name, which may be empty.
+    pub port: Arc<str>,
+    /// The port's protocol.
+    pub protocol: Protocol,
+}
+
+impl fmt::Display for PortName {
+    /// `namespace/name:port/TCP`, as the kernel's table of names has it.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}/{}", self.service, self.port, self.protocol)
+    }
+}
+
+/// What this node does for one Service.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ServicePlan {
+    /// Its ports.
+    pub ports: Vec<PortPlan>,
+    /// ClusterIPs of which every other port is refused.
+    pub any_port: Vec<Addr>,
+}
+
+/// What this node does for one Service port.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PortPlan {
+    /// Its name.
+    pub name: PortName,
+    /// Every endpoint to which flows may stay, in the order of address and port, each once.
+    pub endpoints: Vec<PlannedEndpoint>,
+    /// Its frontends, in the order of their keys.
+    pub frontends: Vec<PlannedFrontend>,
+    /// Who may connect, where a frontend says SOURCE_RANGES.
+    pub source_ranges: BTreeSet<IpNet>,
+}
+
+/// An endpoint of a Service port.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct PlannedEndpoint {
+    /// Its address.
+    pub addr: IpAddr,
+    /// Its port.
+    pub port: u16,
+    /// Whether it runs on this node.
+    pub local: bool,
+}
+
+/// A frontend of a Service port.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PlannedFrontend {
+    /// Where clients connect to.
+    pub key: FrontendKey,
+    /// Indices of [`PortPlan::endpoints`] for clients inside.
+    pub internal: Arc<[u32]>,
+    /// Indices for clients outside; the same `Arc` where the two are equal.
+    pub external: Arc<[u32]>,
+    /// Bits of [`lb_common::layout::frontend_flags`].
+    pub flags: u32,
+}
