@@ -9,9 +9,13 @@
 #![cfg_attr(not(any(test, feature = "user")), no_std)]
 
 pub mod addr;
+pub mod checksum;
 pub mod decide;
+pub mod flow;
 pub mod layout;
+pub mod packet;
 pub mod reason;
+pub mod socket;
 pub mod tables;
 
 #[cfg(any(test, feature = "user"))]
