@@ -94,6 +94,9 @@ pub struct Flow {
     pub service: u32,
     /// When a packet was last noticed, in the programs' seconds.
     pub seen: u32,
+    /// The bridge that requests are handed to by `bpf_redirect_neigh`, or 0: both ends are ports of it, and answers
+    /// don't pass the host's stack either.
+    pub bridge: u32,
 }
 
 /// Bits of [`Flow::state`].
@@ -224,7 +227,7 @@ pub struct FragmentPorts {
 
 const _: () = {
     assert!(size_of::<FlowKey>() == 40);
-    assert!(size_of::<Flow>() == 92);
+    assert!(size_of::<Flow>() == 96);
     assert!(size_of::<FragmentKey>() == 40);
     assert!(size_of::<FragmentPorts>() == 4);
 };

@@ -63,6 +63,8 @@ reasons! {
     NoMasqueradeAddress = "no_masquerade_address",
     /// Dropped: a later fragment whose first was never seen.
     FragmentWithoutFirst = "fragment_without_first",
+    /// Dropped: more refusals than the limit allows.
+    RefusalLimit = "refusal_limit",
     /// Dropped: an ICMP redirect about a translated connection.
     IcmpRedirect = "icmp_redirect",
     /// Dropped: the headers could not be written, or a table that the agent writes is inconsistent.
