@@ -117,6 +117,15 @@ pub struct Endpoint {
     pub generation: u32,
 }
 
+impl Endpoint {
+    /// Whether the id still stands for the endpoint of this generation, and it serves.
+    #[must_use]
+    #[inline(always)]
+    pub const fn serves(&self, generation: u32) -> bool {
+        self.generation == generation && self.flags & endpoint_flags::SERVING != 0
+    }
+}
+
 /// Bits of [`Endpoint::flags`].
 pub mod endpoint_flags {
     /// Serving in some slice of the Service: flows stay with it, whether or not new ones may choose it.

@@ -45,6 +45,21 @@ pub struct Headers {
 }
 
 impl Headers {
+    /// Nothing read so far.
+    pub const NONE: Self = Self {
+        src: Addr::UNSPECIFIED_V6,
+        dst: Addr::UNSPECIFIED_V6,
+        sport: Port::ZERO,
+        dport: Port::ZERO,
+        proto: 0,
+        tcp: 0,
+        v6: false,
+        part: Part::Whole,
+        id: 0,
+        l3: 0,
+        l4: 0,
+    };
+
     /// Whether the transport is one that Services have.
     #[must_use]
     #[inline(always)]
@@ -68,29 +83,32 @@ const EXTENSIONS: usize = 6;
 /// Beyond this offset no transport header is read.
 const L4_LIMIT: usize = 400;
 
-/// The headers of a packet whose IP header is at `l3`.
+/// Reads the headers of a packet whose IP header is at `l3`.
+///
+/// They are written to memory that the caller owns: the kernel programs have it in a map, where the verifier forgets what it
+/// knew of each value, so that it doesn't follow every way through the headers to the end of the program.
 #[inline(always)]
-pub fn parse<P: Packet>(packet: &P, l3: usize, v6: bool) -> Option<Headers> {
-    let mut headers = network(packet, l3, v6)?;
+pub fn parse<P: Packet>(packet: &P, l3: usize, v6: bool, headers: &mut Headers) -> Option<()> {
+    network(packet, l3, v6, headers)?;
     if matches!(headers.part, Part::Later) {
-        return Some(headers);
+        return Some(());
     }
-    transport(packet, &mut headers)?;
+    transport(packet, headers)?;
     if headers.proto == protocol::TCP {
-        headers.tcp = packet.read(headers.l4.wrapping_add(13))?;
+        let [_, flags] = packet.read::<u16>(headers.l4.wrapping_add(12))?.to_ne_bytes();
+        headers.tcp = flags;
     }
-    Some(headers)
+    Some(())
 }
 
-/// The headers of a packet that an ICMP error quotes: its first bytes, with nothing behind the ports to rely on.
+/// Reads the headers of a packet that an ICMP error quotes: its first bytes, with nothing behind the ports to rely on.
 #[inline(always)]
-pub fn parse_quoted<P: Packet>(packet: &P, l3: usize, v6: bool) -> Option<Headers> {
-    let mut headers = network(packet, l3, v6)?;
+pub fn parse_quoted<P: Packet>(packet: &P, l3: usize, v6: bool, headers: &mut Headers) -> Option<()> {
+    network(packet, l3, v6, headers)?;
     if matches!(headers.part, Part::Later) || !headers.has_ports() {
         return None;
     }
-    transport(packet, &mut headers)?;
-    Some(headers)
+    transport(packet, headers)
 }
 
 #[inline(always)]
@@ -103,12 +121,12 @@ fn transport<P: Packet>(packet: &P, headers: &mut Headers) -> Option<()> {
 }
 
 #[inline(always)]
-fn network<P: Packet>(packet: &P, l3: usize, v6: bool) -> Option<Headers> {
-    if v6 { network_v6(packet, l3) } else { network_v4(packet, l3) }
+fn network<P: Packet>(packet: &P, l3: usize, v6: bool, headers: &mut Headers) -> Option<()> {
+    if v6 { network_v6(packet, l3, headers) } else { network_v4(packet, l3, headers) }
 }
 
 #[inline(always)]
-fn network_v4<P: Packet>(packet: &P, l3: usize) -> Option<Headers> {
+fn network_v4<P: Packet>(packet: &P, l3: usize, headers: &mut Headers) -> Option<()> {
     let header = packet.read::<[u16; 10]>(l3)?;
     let [version, _] = header[0].to_ne_bytes();
     let [_, proto] = header[4].to_ne_bytes();
@@ -122,7 +140,7 @@ fn network_v4<P: Packet>(packet: &P, l3: usize) -> Option<Headers> {
         (0, _) => Part::First,
         _ => Part::Later,
     };
-    Some(Headers {
+    *headers = Headers {
         src: Addr::from_v4_word(word(header[6], header[7])),
         dst: Addr::from_v4_word(word(header[8], header[9])),
         sport: Port::ZERO,
@@ -134,11 +152,12 @@ fn network_v4<P: Packet>(packet: &P, l3: usize) -> Option<Headers> {
         id: header[2] as u32,
         l3,
         l4: l3.wrapping_add(length),
-    })
+    };
+    Some(())
 }
 
 #[inline(always)]
-fn network_v6<P: Packet>(packet: &P, l3: usize) -> Option<Headers> {
+fn network_v6<P: Packet>(packet: &P, l3: usize, headers: &mut Headers) -> Option<()> {
     let header = packet.read::<[u16; 20]>(l3)?;
     let [version, _] = header[0].to_ne_bytes();
     let [next, _] = header[3].to_ne_bytes();
@@ -153,7 +172,7 @@ fn network_v6<P: Packet>(packet: &P, l3: usize) -> Option<Headers> {
             word(header[i + 6], header[i + 7]),
         ],
     };
-    let mut headers = Headers {
+    *headers = Headers {
         src: at(4),
         dst: at(12),
         sport: Port::ZERO,
@@ -166,10 +185,7 @@ fn network_v6<P: Packet>(packet: &P, l3: usize) -> Option<Headers> {
         l3,
         l4: l3.wrapping_add(40),
     };
-    if is_extension(next) {
-        skip_extensions(packet, &mut headers)?;
-    }
-    Some(headers)
+    if is_extension(next) { skip_extensions(packet, headers) } else { Some(()) }
 }
 
 #[inline(always)]
@@ -230,7 +246,12 @@ mod tests {
     use etherparse::PacketBuilder;
     use proptest::prelude::*;
 
-    use super::*;
+    use super::{parse as read, *};
+
+    fn parse(packet: &Vec<u8>, l3: usize, v6: bool) -> Option<Headers> {
+        let mut headers = Headers::NONE;
+        read(packet, l3, v6, &mut headers).map(|()| headers)
+    }
 
     proptest! {
         #[test]
@@ -245,7 +266,7 @@ mod tests {
                     prop_assert!(headers.l4 + 4 <= bytes.len());
                 }
             }
-            let _ = parse_quoted(&bytes, l3, v6);
+            let _ = parse_quoted(&bytes, l3, v6, &mut Headers::NONE.clone());
         }
 
         #[test]

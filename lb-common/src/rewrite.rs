@@ -84,7 +84,11 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::parse::parse;
+
+    fn parse(packet: &Vec<u8>, l3: usize, v6: bool) -> Option<Headers> {
+        let mut headers = Headers::NONE;
+        crate::parse::parse(packet, l3, v6, &mut headers).map(|()| headers)
+    }
 
     fn frame(src: IpAddr, dst: IpAddr, sport: u16, dport: u16, tcp: bool, payload: &[u8]) -> Vec<u8> {
         let ethernet = PacketBuilder::ethernet2([1; 6], [2; 6]);
