@@ -91,7 +91,7 @@ pub fn ingress<P: Packet, S: State>(
     } else {
         return None;
     };
-    finish(packet, headers, quoted, kind, &change)
+    Some(finish(packet, headers, quoted, kind, &change))
 }
 
 /// An error on its way out. `None`: not about a connection of ours.
@@ -124,7 +124,7 @@ pub fn egress<P: Packet, S: State>(
     } else {
         return None;
     };
-    finish(packet, headers, quoted, kind, &change)
+    Some(finish(packet, headers, quoted, kind, &change))
 }
 
 /// The client knows the endpoint as the frontend.
@@ -167,21 +167,15 @@ fn read_quoted<P: Packet>(packet: &mut P, headers: &Headers, quoted: &mut Header
 }
 
 #[inline(always)]
-fn finish<P: Packet>(
-    packet: &mut P,
-    headers: &Headers,
-    quoted: &Headers,
-    kind: Type,
-    change: &Change,
-) -> Option<Action> {
+fn finish<P: Packet>(packet: &mut P, headers: &Headers, quoted: &Headers, kind: Type, change: &Change) -> Action {
     // A host that believed it would go around the hooks that its connection needs.
     if matches!(kind, Type::Redirect) {
-        return Some(Action::Drop(Reason::IcmpRedirect));
+        return Action::Drop(Reason::IcmpRedirect);
     }
-    Some(match translate(packet, headers, quoted, change) {
+    match translate(packet, headers, quoted, change) {
         Some(()) => Action::Next(Reason::IcmpError),
         None => Action::Drop(Reason::Internal),
-    })
+    }
 }
 
 /// Writes the change. Every word of the quotation is covered by the ICMP checksum, and so are, in IPv6, the error's own

@@ -1,4 +1,5 @@
 //! The way in.
+#![expect(clippy::wildcard_enum_match_arm, reason = "most reasons end a packet's way alike")]
 
 use super::{
     Action, At, Hook, Scratch, care, complete_fragment, confirm,
@@ -35,10 +36,7 @@ pub fn ingress<P: Packet, S: State>(packet: &mut P, hook: &Hook, scratch: &mut S
     } else {
         lost_fragment(headers, state)
     };
-    match action {
-        Action::Answer(reason) => answer(packet, headers, reason, state),
-        action => action,
-    }
+    if let Action::Answer(reason) = action { answer(packet, headers, reason, state) } else { action }
 }
 
 #[inline(always)]
@@ -56,16 +54,11 @@ fn transport<P: Packet, S: State>(
         if let Some(action) = known(packet, headers, state) {
             return action;
         }
-        match open(hook, headers, flow, state) {
-            Action::Next(Reason::NewFlow) => return establish(packet, hook, headers, flow, state),
-            Action::Next(Reason::MidFlow) => {
-                return match establish(packet, hook, headers, flow, state) {
-                    Action::Next(_) => Action::Next(Reason::MidFlow),
-                    action => action,
-                };
-            }
-            Action::Next(Reason::NotService) => {}
-            action => return action,
+        let action = open(hook, headers, flow, state);
+        match action.reason() {
+            Reason::NewFlow | Reason::MidFlow => return establish(packet, hook, headers, flow, state),
+            Reason::NotService => {}
+            _ => return action,
         }
     } else if state.in_service_cidr(&headers.dst) {
         return Action::Drop(Reason::Unallocated);

@@ -55,6 +55,12 @@ pub(super) fn open<S: State>(hook: &Hook, headers: &Headers, flow: &mut Flow, st
     }
 }
 
+/// Whether a packet must belong to a connection that already exists.
+#[inline(always)]
+const fn is_mid_flow(headers: &Headers) -> bool {
+    headers.proto == protocol::TCP && headers.tcp & (tcp_flags::SYN | tcp_flags::ACK) != tcp_flags::SYN
+}
+
 /// Whether the packet answers one that the node sent from a port that is also a NodePort.
 #[inline(always)]
 fn is_foreign<S: State>(headers: &Headers, state: &mut S) -> bool {
@@ -110,7 +116,8 @@ pub(super) fn establish<P: Packet, S: State>(
     if !shifted || rewrite(packet, headers, Side::Destination, &flow.endpoint, flow.endpoint_port).is_none() {
         return Action::Drop(Reason::Internal);
     }
-    if flow.bridge == 0 { Action::Next(Reason::NewFlow) } else { Action::Bridge(flow.bridge, Reason::NewFlow) }
+    let reason = if is_mid_flow(headers) { Reason::MidFlow } else { Reason::NewFlow };
+    if flow.bridge == 0 { Action::Next(reason) } else { Action::Bridge(flow.bridge, reason) }
 }
 
 /// Makes the entries of a connection, from another source port where the client's is taken: a live connection of the same
