@@ -1,9 +1,18 @@
 //! Kubernetes objects with the fields that kube-proxy reads (and, for Pods, that the EndpointSlice controller reads), and no
 //! others. Field names and meanings are the API's.
 
-use std::{collections::BTreeMap, fmt, sync::Arc};
+use std::{fmt, sync::Arc};
 
 use serde::Deserialize;
+
+use super::labels::Labels;
+
+/// The label that gives a Service to another proxy; its presence counts, with any value.
+pub const SERVICE_PROXY_NAME: &str = "service.kubernetes.io/service-proxy-name";
+/// The label that hides Services and EndpointSlices without a ClusterIP; its presence counts, with any value.
+pub const HEADLESS: &str = "service.kubernetes.io/headless";
+/// The label that names the Service of an EndpointSlice.
+pub const SERVICE_NAME: &str = "kubernetes.io/service-name";
 
 /// `namespace/name`; the namespace is empty for objects without one.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -29,7 +38,7 @@ impl fmt::Display for ObjectName {
 }
 
 /// What all objects have.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Deserialize)]
 #[serde(default, rename_all = "camelCase")]
 pub struct Metadata {
     /// The name.
@@ -38,7 +47,7 @@ pub struct Metadata {
     pub namespace: String,
     /// Labels.
     #[serde(deserialize_with = "nullable")]
-    pub labels: BTreeMap<String, String>,
+    pub labels: Labels,
     /// RFC 3339; compares as text.
     pub creation_timestamp: Option<String>,
     /// Set while the object is being deleted.
@@ -50,6 +59,12 @@ impl Metadata {
     #[must_use]
     pub fn namespaced(&self) -> ObjectName {
         ObjectName::new(if self.namespace.is_empty() { "default" } else { &self.namespace }, &self.name)
+    }
+
+    /// The name of an object that lives in no namespace.
+    #[must_use]
+    pub fn cluster_wide(&self) -> ObjectName {
+        ObjectName::new("", &self.name)
     }
 }
 
@@ -100,7 +115,7 @@ impl fmt::Display for Protocol {
 }
 
 /// A Service.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Deserialize)]
 #[serde(default)]
 pub struct Service {
     /// Name, labels, age.
@@ -111,8 +126,16 @@ pub struct Service {
     pub status: ServiceStatus,
 }
 
+impl Service {
+    /// Whether a label tells kube-proxy, and therefore us, to leave the Service alone.
+    #[must_use]
+    pub fn is_hidden(&self) -> bool {
+        self.metadata.labels.contains_key(SERVICE_PROXY_NAME) || self.metadata.labels.contains_key(HEADLESS)
+    }
+}
+
 /// `spec` of a Service.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Deserialize)]
 #[serde(default, rename_all = "camelCase")]
 pub struct ServiceSpec {
     /// Kind of Service.
@@ -132,7 +155,7 @@ pub struct ServiceSpec {
     pub ports: Vec<ServicePort>,
     /// Labels that the Service's Pods have; empty: endpoints are made by hand.
     #[serde(deserialize_with = "nullable")]
-    pub selector: BTreeMap<String, String>,
+    pub selector: Labels,
     /// Addresses that the user routes to the nodes.
     #[serde(rename = "externalIPs", deserialize_with = "nullable")]
     pub external_ips: Vec<String>,
@@ -156,7 +179,7 @@ pub struct ServiceSpec {
 }
 
 /// `spec.type`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Deserialize)]
 pub enum ServiceType {
     /// Reachable inside the cluster.
     #[default]
@@ -183,7 +206,7 @@ impl ServiceType {
 }
 
 /// Whether traffic stays on its node.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Deserialize)]
 pub enum TrafficPolicy {
     /// All endpoints.
     #[default]
@@ -193,7 +216,7 @@ pub enum TrafficPolicy {
 }
 
 /// `spec.sessionAffinity`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Deserialize)]
 pub enum SessionAffinity {
     /// Every connection is chosen anew.
     #[default]
@@ -203,7 +226,7 @@ pub enum SessionAffinity {
 }
 
 /// `spec.sessionAffinityConfig`.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Deserialize)]
 #[serde(default, rename_all = "camelCase")]
 pub struct SessionAffinityConfig {
     /// Details of `ClientIP`.
@@ -212,7 +235,7 @@ pub struct SessionAffinityConfig {
 }
 
 /// `spec.sessionAffinityConfig.clientIP`.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Deserialize)]
 #[serde(default, rename_all = "camelCase")]
 pub struct ClientIpConfig {
     /// Seconds after the last new connection; 10800 where nothing is said.
@@ -220,7 +243,7 @@ pub struct ClientIpConfig {
 }
 
 /// A port of a Service.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Deserialize)]
 #[serde(default, rename_all = "camelCase")]
 pub struct ServicePort {
     /// Its name; may be empty if there is only one.
@@ -236,7 +259,7 @@ pub struct ServicePort {
 }
 
 /// A port by number or by a container port's name.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Deserialize)]
 #[serde(untagged)]
 pub enum PortRef {
     /// The number.
@@ -246,7 +269,7 @@ pub enum PortRef {
 }
 
 /// `status` of a Service.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Deserialize)]
 #[serde(default, rename_all = "camelCase")]
 pub struct ServiceStatus {
     /// The load balancer.
@@ -254,7 +277,7 @@ pub struct ServiceStatus {
 }
 
 /// `status.loadBalancer`.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Deserialize)]
 #[serde(default)]
 pub struct LoadBalancerStatus {
     /// Its addresses.
@@ -263,7 +286,7 @@ pub struct LoadBalancerStatus {
 }
 
 /// One address of the load balancer.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Deserialize)]
 #[serde(default, rename_all = "camelCase")]
 pub struct LoadBalancerIngress {
     /// The address; absent if the load balancer has only a name.
@@ -436,7 +459,7 @@ pub struct PodIp {
 }
 
 /// A Node.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Deserialize)]
 #[serde(default)]
 pub struct Node {
     /// Name and labels.
@@ -448,7 +471,7 @@ pub struct Node {
 }
 
 /// `spec` of a Node.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Deserialize)]
 #[serde(default, rename_all = "camelCase")]
 pub struct NodeSpec {
     /// The networks that its Pods' addresses come from.
@@ -460,7 +483,7 @@ pub struct NodeSpec {
 }
 
 /// `status` of a Node.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Deserialize)]
 #[serde(default)]
 pub struct NodeStatus {
     /// Addresses.
@@ -469,7 +492,7 @@ pub struct NodeStatus {
 }
 
 /// An address of a Node.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Deserialize)]
 #[serde(default)]
 pub struct NodeStatusAddress {
     /// `InternalIP`, `ExternalIP`, `Hostname`.
@@ -480,7 +503,7 @@ pub struct NodeStatusAddress {
 }
 
 /// A ServiceCIDR (`networking.k8s.io/v1`).
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Deserialize)]
 #[serde(default)]
 pub struct ServiceCidr {
     /// Its name.
@@ -490,7 +513,7 @@ pub struct ServiceCidr {
 }
 
 /// `spec` of a ServiceCIDR.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Deserialize)]
 #[serde(default)]
 pub struct ServiceCidrSpec {
     /// The networks.
