@@ -13,9 +13,12 @@ use lb_common::{
 
 use super::{
     NodeView, Problem,
-    address::{host, parse_ip, parse_net, same_family},
+    address::{host, same_family},
 };
-use crate::model::Node;
+use crate::model::{
+    Node,
+    address::{parse_cidr, parse_ip},
+};
 
 /// The label that names a node's zone.
 const ZONE_LABEL: &str = "topology.kubernetes.io/zone";
@@ -97,7 +100,10 @@ impl NodeView {
     pub fn new(name: &str, node: Option<&Node>, options: &NodeOptions) -> Self {
         Self {
             name: name.trim().to_lowercase(),
-            zone: node.and_then(|node| node.metadata.labels.get(ZONE_LABEL).cloned()).filter(|zone| !zone.is_empty()),
+            zone: node
+                .and_then(|node| node.metadata.labels.get(ZONE_LABEL))
+                .filter(|zone| !zone.is_empty())
+                .map(ToOwned::to_owned),
             primary: primary(node, options.bind_address),
             detects_local: options.detector != LocalDetector::None,
             masquerade_all: options.masquerade_all,
@@ -147,7 +153,7 @@ fn node_port_nets(view: &NodeView, options: &NodeOptions) -> (Vec<IpNet>, Vec<Pr
         nets.extend(view.primary.iter().copied().map(host));
     }
     for (index, text) in options.node_port_addresses.iter().enumerate().filter(|(_, text)| *text != "primary") {
-        match parse_net(text) {
+        match parse_cidr(text) {
             Some(net) => nets.push(net),
             None => problems.push(Problem {
                 object: "KubeProxyConfiguration".to_owned(),
@@ -174,7 +180,7 @@ fn primary(node: Option<&Node>, bind_address: Option<IpAddr>) -> Vec<IpAddr> {
 
 fn pod_cidrs(node: &Node) -> Vec<IpNet> {
     let texts = node.spec.pod_cidrs.iter().chain(node.spec.pod_cidr.iter());
-    texts.filter_map(|text| parse_net(text)).collect()
+    texts.filter_map(|text| parse_cidr(text)).collect()
 }
 
 #[cfg(test)]

@@ -16,22 +16,19 @@ use lb_common::{
 
 use super::{
     Backend, NodeView, PlannedEndpoint, PlannedFrontend, PortName, PortPlan, Problem, ServicePlan,
-    address::{host, parse_ip, parse_net, same_family},
+    address::{host, same_family},
     topology::{Sets, categorize, is_local},
 };
 use crate::model::{
     Service,
+    address::{parse_cidr, parse_ip},
     object::{ServicePort, ServiceType, TrafficPolicy},
 };
-
-/// Labels that hide a Service from us, whatever their value.
-const HIDING_LABELS: [&str; 2] = ["service.kubernetes.io/service-proxy-name", "service.kubernetes.io/headless"];
 
 /// What this node does for a Service; nothing for one that isn't ours (hidden by label, ExternalName, headless).
 #[must_use]
 pub fn plan_service(service: &Service, backends: &[Backend], node: &NodeView) -> (Option<ServicePlan>, Vec<Problem>) {
-    let hidden = HIDING_LABELS.iter().any(|label| service.metadata.labels.contains_key(*label));
-    if hidden || service.spec.type_ == ServiceType::ExternalName || is_headless(service) {
+    if service.is_hidden() || service.spec.type_ == ServiceType::ExternalName || is_headless(service) {
         return (None, Vec::new());
     }
     let mut reader = Reader { service, problems: Vec::new() };
@@ -146,7 +143,7 @@ impl Reader<'_> {
     fn source_ranges(&mut self) -> Vec<IpNet> {
         let mut found = Vec::new();
         for (index, text) in self.service.spec.load_balancer_source_ranges.iter().enumerate() {
-            match parse_net(text) {
+            match parse_cidr(text) {
                 Some(net) => found.push(net),
                 None => self.report(
                     format!("spec.loadBalancerSourceRanges[{index}]"),

@@ -45,8 +45,8 @@ fn frontends(service: &Service, backends: &[Backend], node: &NodeView) -> BTreeM
 fn services_that_are_not_ours_have_no_plan() {
     type Edit = fn(&mut Service);
     let edits: [(&str, Edit); 6] = [
-        ("proxy name", |s| _ = s.metadata.labels.insert(HIDING_LABELS[0].into(), String::new())),
-        ("headless label", |s| _ = s.metadata.labels.insert(HIDING_LABELS[1].into(), "x".into())),
+        ("proxy name", |s| s.metadata.labels = [("service.kubernetes.io/service-proxy-name", "")].into()),
+        ("headless label", |s| s.metadata.labels = [("service.kubernetes.io/headless", "x")].into()),
         ("ExternalName", |s| s.spec.type_ = ServiceType::ExternalName),
         ("headless", |s| s.spec.cluster_ip = Some("None".into())),
         ("empty", |s| s.spec.cluster_ip = Some(String::new())),
