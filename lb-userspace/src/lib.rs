@@ -8,5 +8,6 @@ pub mod cli;
 pub mod image;
 pub mod kernel;
 pub mod model;
+pub mod pipeline;
 pub mod plan;
 pub mod source;

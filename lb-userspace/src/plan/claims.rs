@@ -41,6 +41,14 @@ pub struct Step {
     pub any_port: BTreeMap<Addr, bool>,
 }
 
+impl Step {
+    /// Adds what a later step changes.
+    pub fn merge(&mut self, later: Self) {
+        self.ports.extend(later.ports);
+        self.any_port.extend(later.any_port);
+    }
+}
+
 /// A frontend that a port claims and another has.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Conflict {
