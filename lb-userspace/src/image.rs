@@ -109,6 +109,12 @@ impl Image {
         &self.memory
     }
 
+    /// What is in the kernel, for whoever needs nothing else any more.
+    #[must_use]
+    pub fn into_memory(self) -> Memory {
+        self.memory
+    }
+
     /// The id of a Service port.
     #[must_use]
     pub fn service_id(&self, name: &PortName) -> Option<u32> {

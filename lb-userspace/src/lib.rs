@@ -5,6 +5,7 @@
 
 pub mod agent;
 pub mod cli;
+pub mod config;
 pub mod image;
 pub mod kernel;
 pub mod model;

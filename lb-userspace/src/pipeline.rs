@@ -66,6 +66,12 @@ impl Pipeline {
         &self.image
     }
 
+    /// What is in the kernel, for whoever needs nothing else any more.
+    #[must_use]
+    pub fn into_image(self) -> Image {
+        self.image
+    }
+
     /// For facts that concern nobody else: devices, settings, expiry of bits.
     pub const fn image_mut(&mut self) -> &mut Image {
         &mut self.image

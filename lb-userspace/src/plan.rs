@@ -52,12 +52,29 @@ pub struct NodeView {
     pub zone: Option<String>,
     /// The node's primary addresses (status InternalIP, then ExternalIP), one a family at most.
     pub primary: Vec<IpAddr>,
-    /// Whether a local detector is configured (`detectLocalMode`), which makes rule M2 apply.
-    pub detects_local: bool,
+    /// Families in which a local detector is configured (`detectLocalMode`), which makes rule M2 apply.
+    pub detects_local: Detected,
     /// `masqueradeAll` (M1).
     pub masquerade_all: bool,
     /// `--preserve-client-ip`.
     pub preserve_client_ip: bool,
+}
+
+/// Families in which local sources can be told from others.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Detected {
+    /// IPv4.
+    pub v4: bool,
+    /// IPv6.
+    pub v6: bool,
+}
+
+impl Detected {
+    /// Whether this holds for the family of an address.
+    #[must_use]
+    pub const fn of(self, addr: &IpAddr) -> bool {
+        if addr.is_ipv4() { self.v4 } else { self.v6 }
+    }
 }
 
 /// A Service port: what one id in the kernel stands for.

@@ -12,7 +12,7 @@ use lb_common::{
 };
 
 use super::{
-    NodeView, Problem,
+    Detected, NodeView, Problem,
     address::{host, same_family},
 };
 use crate::model::{
@@ -83,6 +83,19 @@ impl LocalDetector {
         first(true).into_iter().chain(first(false)).collect()
     }
 
+    /// The families in which it can tell.
+    fn families(&self, node: Option<&Node>) -> Detected {
+        match self {
+            Self::None => Detected::default(),
+            Self::BridgeInterface(_) | Self::InterfaceNamePrefix(_) => Detected { v4: true, v6: true },
+            Self::ClusterCidr(_) | Self::NodeCidr => {
+                let cidrs = self.cidrs(node);
+                let any = |v4| cidrs.iter().any(|net| net.addr().is_ipv4() == v4);
+                Detected { v4: any(true), v6: any(false) }
+            }
+        }
+    }
+
     /// Whether everything that enters by this interface is local.
     #[must_use]
     pub fn takes_interface(&self, name: &str) -> bool {
@@ -105,7 +118,7 @@ impl NodeView {
                 .filter(|zone| !zone.is_empty())
                 .map(ToOwned::to_owned),
             primary: primary(node, options.bind_address),
-            detects_local: options.detector != LocalDetector::None,
+            detects_local: options.detector.families(node),
             masquerade_all: options.masquerade_all,
             preserve_client_ip: options.preserve_client_ip,
         }
@@ -282,6 +295,8 @@ mod tests {
         assert_eq!(texts(LocalDetector::ClusterCidr(nets.into())), "10.0.0.0/8 fd00::/8");
         assert_eq!(texts(LocalDetector::NodeCidr), "10.1.0.0/24 fd00:1::/64");
         assert_eq!(texts(LocalDetector::None), "");
+        let only_v4 = LocalDetector::ClusterCidr(vec!["10.0.0.0/8".parse().unwrap()]);
+        assert_eq!(only_v4.families(None), Detected { v4: true, v6: false });
         let prefix = LocalDetector::InterfaceNamePrefix("veth".into());
         assert!(prefix.takes_interface("veth12") && !prefix.takes_interface("eth0"));
         let bridge = LocalDetector::BridgeInterface("cni0".into());

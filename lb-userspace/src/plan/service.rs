@@ -235,10 +235,10 @@ impl Choices {
     }
 
     /// Ranges and flags of a ClusterIP.
-    fn inside(&self, node: &NodeView) -> (Arc<[u32]>, Arc<[u32]>, u32) {
+    fn inside(&self, detects_local: bool, node: &NodeView) -> (Arc<[u32]>, Arc<[u32]>, u32) {
         let masquerade = if node.masquerade_all {
             frontend_flags::MASQUERADE
-        } else if node.detects_local {
+        } else if detects_local {
             frontend_flags::MASQUERADE_UNDETECTED
         } else {
             0
@@ -276,7 +276,7 @@ fn add_frontends(
         let frontend = frontends.entry(key).or_insert(PlannedFrontend { key, internal, external, flags });
         frontend.flags |= more;
     };
-    add(family.cluster_ip.into(), port.port, choices.inside(node), 0);
+    add(family.cluster_ip.into(), port.port, choices.inside(node.detects_local.of(&family.cluster_ip), node), 0);
     for ip in &family.external {
         add((*ip).into(), port.port, choices.outside(node), 0);
     }

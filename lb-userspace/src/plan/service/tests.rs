@@ -1,5 +1,6 @@
 use super::*;
 use crate::model::object::{LoadBalancerIngress, Protocol};
+use crate::plan::Detected;
 
 fn service(edit: impl FnOnce(&mut Service)) -> Service {
     let mut service = Service::default();
@@ -28,7 +29,7 @@ fn backend(addr: &str, node: &str) -> Backend {
 }
 
 fn node() -> NodeView {
-    NodeView { name: "here".into(), detects_local: true, ..NodeView::default() }
+    NodeView { name: "here".into(), detects_local: Detected { v4: true, v6: false }, ..NodeView::default() }
 }
 
 /// `address:port` → flags, internal and external indices.
@@ -120,6 +121,7 @@ fn families_have_their_own_addresses_endpoints_and_ranges() {
     let restricted = |key: &str| found[key].0 & frontend_flags::SOURCE_RANGES != 0;
     assert_eq!((&found["172.30.0.41 80"].1, &found["fd00:172:30::41 80"].1), (&vec![0], &vec![1]));
     assert_eq!((&found["0.0.0.0 30001"].1, &found[":: 30001"].1), (&vec![0], &vec![1]));
+    assert_eq!((found["172.30.0.41 80"].0, found["fd00:172:30::41 80"].0), (frontend_flags::MASQUERADE_UNDETECTED, 0));
     assert!(!restricted("1.2.3.4 80") && restricted("2001:db8:1::4 80"));
     let plan = plan_service(&service, &backends, &node).0.unwrap();
     let ranges = plan.ports[0].source_ranges.iter().map(ToString::to_string).collect::<Vec<_>>();
