@@ -8,7 +8,6 @@ mod content;
 mod folder;
 pub mod manifests;
 mod parse;
-#[cfg(test)]
 mod store;
 #[cfg(test)]
 mod tests;
@@ -21,7 +20,7 @@ use crate::model::Change;
 /// What a source has to say.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Update {
-    /// Objects that are new, different or gone; one change an object.
+    /// Objects that are new, different or gone, in the order in which they are to be applied.
     pub changes: Vec<Change>,
     /// Everything that is wrong now, in the order of the files.
     pub problems: Vec<Problem>,

@@ -30,9 +30,9 @@ pub(super) struct Store {
     /// Files that have problems of their own.
     troubled: BTreeSet<Arc<Path>>,
     skipped: usize,
-    /// What is to be told: the object, or that it is gone.
-    changes: BTreeMap<Key, Option<Object>>,
-    /// What was told of objects that have just lost their last file: another file may have them before it is told.
+    /// Objects that are to be told.
+    upserts: Vec<Change>,
+    /// Hashes of objects that have just lost their last file, which is to be told unless another file turns out to have them.
     released: BTreeMap<Key, u64>,
     /// Files that inherited an object from another file.
     heirs: BTreeSet<Arc<Path>>,
@@ -85,12 +85,9 @@ impl Store {
 
     /// Hands over the changes since the last time, with the problems of now.
     pub(super) fn take(&mut self, folders: &BTreeMap<Arc<Path>, Problem>) -> Update {
-        self.released.clear();
-        let changes = std::mem::take(&mut self.changes).into_iter();
-        let changes = changes.map(|((kind, name), object)| match object {
-            Some(object) => Change::Upsert(object),
-            None => Change::Delete(kind, name),
-        });
+        let mut changes = std::mem::take(&mut self.upserts);
+        let gone = std::mem::take(&mut self.released).into_keys();
+        changes.extend(gone.map(|(kind, name)| Change::Delete(kind, name)));
         let files = self.troubled.iter().filter_map(|path| self.files.get(path)).flat_map(|file| &file.problems);
         let mut problems: Vec<Problem> = files.chain(folders.values()).cloned().collect();
         for key in &self.contested {
@@ -104,7 +101,7 @@ impl Store {
             }));
         }
         problems.sort();
-        Update { changes: changes.collect(), problems, skipped: self.skipped, first: false }
+        Update { changes, problems, skipped: self.skipped, first: false }
     }
 
     fn read_one(&mut self, path: &Path) {
@@ -195,10 +192,8 @@ impl Store {
         let hash = hasher.finish();
         let Some(owner) = self.owners.get_mut(key) else {
             self.owners.insert(key.clone(), Owner { file: path.clone(), hash, rivals: None });
-            if self.released.remove(key) == Some(hash) {
-                self.changes.remove(key);
-            } else {
-                self.changes.insert(key.clone(), Some(object));
+            if self.released.remove(key) != Some(hash) {
+                self.upserts.push(Change::Upsert(object));
             }
             return;
         };
@@ -215,7 +210,7 @@ impl Store {
         }
         if owner.hash != hash {
             owner.hash = hash;
-            self.changes.insert(key.clone(), Some(object));
+            self.upserts.push(Change::Upsert(object));
         }
     }
 
@@ -233,9 +228,7 @@ impl Store {
             let hash = owner.hash;
             self.owners.remove(key);
             self.contested.remove(key);
-            if self.changes.insert(key.clone(), None).is_none() {
-                self.released.insert(key.clone(), hash);
-            }
+            self.released.insert(key.clone(), hash);
             return;
         }
         if rivals.is_empty() {

@@ -41,7 +41,9 @@ fn read_one(name: &str, text: &str) -> (Vec<String>, Vec<String>, usize) {
     fs::write(dir.path().join(name), text).unwrap();
     let update = manifests::read_all(dir.path()).unwrap();
     assert!(update.first);
-    (told(&update), problems(&update, dir.path()), update.skipped)
+    let mut told = told(&update);
+    told.sort();
+    (told, problems(&update, dir.path()), update.skipped)
 }
 
 /// A watched folder, with files in it from the start.
@@ -122,7 +124,7 @@ fn yaml_and_json_documents_and_lists_are_read() {
     let slices =
         r#"{"kind":"EndpointSlice","apiVersion":"discovery.k8s.io/v1","metadata":{"name":"e"},"addressType":"IPv4"}"#;
     let expected =
-        ["+a:1", "+EndpointSlice default/e", "+Pod default/p", "+Node n", "+ServiceCIDR c"].map(str::to_owned);
+        ["+EndpointSlice default/e", "+Node n", "+Pod default/p", "+ServiceCIDR c", "+a:1"].map(str::to_owned);
     for (file, text) in [
         ("a.json", format!("{list}\n{typed}{slices}")),
         ("a.yaml", format!("# nothing\n---\n{list}\n---\n---\n{typed}\n--- {slices}\n...\n")),
