@@ -12,6 +12,7 @@ mod pod;
 mod problem;
 mod selection;
 mod slice;
+mod small_set;
 #[cfg(test)]
 mod tests;
 
@@ -30,17 +31,17 @@ pub use self::{
     problem::FieldError,
     slice::{EndpointState, Hints, SliceState},
 };
-use self::{object::Protocol, selection::Selection};
+use self::{object::Protocol, selection::Selection, small_set::SmallSet};
 use crate::plan::Backend;
 
 /// The state of the cluster.
 #[derive(Debug)]
 pub struct Model {
     own_node: String,
-    services: BTreeMap<ObjectName, Service>,
+    services: BTreeMap<ObjectName, Box<Service>>,
     slices: BTreeMap<ObjectName, SliceState>,
     /// Names of the slices of a Service, which may be yet to come.
-    slices_of: BTreeMap<ObjectName, BTreeSet<Arc<str>>>,
+    slices_of: BTreeMap<ObjectName, SmallSet<Arc<str>>>,
     selection: Selection,
     node: Option<Node>,
     nodes: BTreeSet<ObjectName>,
@@ -66,7 +67,7 @@ impl Model {
     /// Takes a change in and says what it affects; nothing, if it changes nothing.
     pub fn apply(&mut self, change: Change) -> Affected {
         match change {
-            Change::Upsert(Object::Service(service)) => self.upsert_service(*service),
+            Change::Upsert(Object::Service(service)) => self.upsert_service(service),
             Change::Upsert(Object::EndpointSlice(slice)) => self.replace_slice(&slice.name.clone(), Some(slice)),
             Change::Upsert(Object::Pod(pod)) => self.upsert_pod(pod),
             Change::Upsert(Object::Node(node)) => self.upsert_node(*node),
@@ -91,12 +92,12 @@ impl Model {
     /// The Service of this name.
     #[must_use]
     pub fn service(&self, name: &ObjectName) -> Option<&Service> {
-        self.services.get(name)
+        self.services.get(name).map(|service| &**service)
     }
 
     /// All Services in the order of their names, hidden ones too ([`Service::is_hidden`]).
     pub fn services(&self) -> impl Iterator<Item = (&ObjectName, &Service)> {
-        self.services.iter()
+        self.services.iter().map(|(name, service)| (name, &**service))
     }
 
     /// The endpoints of a Service, each once, in the order of port name, protocol, address and port.
@@ -144,7 +145,7 @@ impl Model {
         }
     }
 
-    fn upsert_service(&mut self, service: Service) -> Affected {
+    fn upsert_service(&mut self, service: Box<Service>) -> Affected {
         let name = service.metadata.namespaced();
         if self.services.get(&name) == Some(&service) {
             return Affected::default();

@@ -5,7 +5,7 @@ use std::{fmt, sync::Arc};
 
 use serde::Deserialize;
 
-use super::labels::Labels;
+use super::{intern::Interner, labels::Labels};
 
 /// The label that gives a Service to another proxy; its presence counts, with any value.
 pub const SERVICE_PROXY_NAME: &str = "service.kubernetes.io/service-proxy-name";
@@ -42,8 +42,10 @@ impl fmt::Display for ObjectName {
 #[serde(default, rename_all = "camelCase")]
 pub struct Metadata {
     /// The name.
+    #[serde(deserialize_with = "nullable")]
     pub name: String,
     /// The namespace; empty stands for `default` in kinds that have one.
+    #[serde(deserialize_with = "nullable")]
     pub namespace: String,
     /// Labels.
     #[serde(deserialize_with = "nullable")]
@@ -119,10 +121,13 @@ impl fmt::Display for Protocol {
 #[serde(default)]
 pub struct Service {
     /// Name, labels, age.
+    #[serde(deserialize_with = "nullable")]
     pub metadata: Metadata,
     /// What the user asked for.
+    #[serde(deserialize_with = "nullable")]
     pub spec: ServiceSpec,
     /// What the cloud gave.
+    #[serde(deserialize_with = "nullable")]
     pub status: ServiceStatus,
 }
 
@@ -132,6 +137,19 @@ impl Service {
     pub fn is_hidden(&self) -> bool {
         self.metadata.labels.contains_key(SERVICE_PROXY_NAME) || self.metadata.labels.contains_key(HEADLESS)
     }
+
+    /// Lets go of labels that nobody reads and of spare memory: ten thousand Services are kept.
+    pub fn shrink(&mut self, interner: &mut Interner) {
+        let labels = self.metadata.labels.only(&[SERVICE_PROXY_NAME, HEADLESS]);
+        self.metadata.labels = interner.labels(&labels);
+        self.spec.selector = interner.labels(&self.spec.selector);
+        self.spec.cluster_ips.shrink_to_fit();
+        self.spec.ip_families.shrink_to_fit();
+        self.spec.ports.shrink_to_fit();
+        self.spec.external_ips.shrink_to_fit();
+        self.spec.load_balancer_source_ranges.shrink_to_fit();
+        self.status.load_balancer.ingress.shrink_to_fit();
+    }
 }
 
 /// `spec` of a Service.
@@ -139,7 +157,7 @@ impl Service {
 #[serde(default, rename_all = "camelCase")]
 pub struct ServiceSpec {
     /// Kind of Service.
-    #[serde(rename = "type")]
+    #[serde(rename = "type", deserialize_with = "nullable")]
     pub type_: ServiceType,
     /// The first ClusterIP, `None` for headless Services.
     #[serde(rename = "clusterIP")]
@@ -163,16 +181,21 @@ pub struct ServiceSpec {
     #[serde(deserialize_with = "nullable")]
     pub load_balancer_source_ranges: Vec<String>,
     /// `Local`: clients inside reach endpoints of their own node only.
+    #[serde(deserialize_with = "nullable")]
     pub internal_traffic_policy: TrafficPolicy,
     /// `Local`: clients outside reach endpoints of the node that they came to only.
+    #[serde(deserialize_with = "nullable")]
     pub external_traffic_policy: TrafficPolicy,
     /// `ClientIP`: a client stays with its endpoint.
+    #[serde(deserialize_with = "nullable")]
     pub session_affinity: SessionAffinity,
     /// Details of the affinity.
     pub session_affinity_config: Option<SessionAffinityConfig>,
     /// Where load balancers ask whether this node has endpoints.
+    #[serde(deserialize_with = "nullable")]
     pub health_check_node_port: u16,
     /// Endpoints count as ready from the start.
+    #[serde(deserialize_with = "nullable")]
     pub publish_not_ready_addresses: bool,
     /// The name that an ExternalName Service stands for.
     pub external_name: Option<String>,
@@ -247,12 +270,16 @@ pub struct ClientIpConfig {
 #[serde(default, rename_all = "camelCase")]
 pub struct ServicePort {
     /// Its name; may be empty if there is only one.
+    #[serde(deserialize_with = "nullable")]
     pub name: String,
     /// Its protocol.
+    #[serde(deserialize_with = "nullable")]
     pub protocol: Protocol,
     /// The port of the ClusterIP.
+    #[serde(deserialize_with = "nullable")]
     pub port: u16,
     /// The port of the nodes, or 0.
+    #[serde(deserialize_with = "nullable")]
     pub node_port: u16,
     /// The port of the Pods; matters only where endpoints are made from Pods.
     pub target_port: Option<PortRef>,
@@ -273,6 +300,7 @@ pub enum PortRef {
 #[serde(default, rename_all = "camelCase")]
 pub struct ServiceStatus {
     /// The load balancer.
+    #[serde(deserialize_with = "nullable")]
     pub load_balancer: LoadBalancerStatus,
 }
 
@@ -300,8 +328,10 @@ pub struct LoadBalancerIngress {
 #[serde(default, rename_all = "camelCase")]
 pub struct EndpointSlice {
     /// Name, and the label that names the Service.
+    #[serde(deserialize_with = "nullable")]
     pub metadata: Metadata,
     /// `IPv4`, `IPv6`, `FQDN`.
+    #[serde(deserialize_with = "nullable")]
     pub address_type: String,
     /// Endpoints.
     #[serde(deserialize_with = "nullable")]
@@ -356,6 +386,7 @@ pub struct EndpointHints {
 #[serde(default)]
 pub struct Hint {
     /// The name.
+    #[serde(deserialize_with = "nullable")]
     pub name: String,
 }
 
@@ -376,10 +407,13 @@ pub struct SlicePort {
 #[serde(default)]
 pub struct Pod {
     /// Name, labels, whether it is being deleted.
+    #[serde(deserialize_with = "nullable")]
     pub metadata: Metadata,
     /// Containers and node.
+    #[serde(deserialize_with = "nullable")]
     pub spec: PodSpec,
     /// Phase, conditions and addresses.
+    #[serde(deserialize_with = "nullable")]
     pub status: PodStatus,
 }
 
@@ -390,6 +424,7 @@ pub struct PodSpec {
     /// Where it runs.
     pub node_name: Option<String>,
     /// Whether it uses the node's own network.
+    #[serde(deserialize_with = "nullable")]
     pub host_network: bool,
     /// Containers.
     #[serde(deserialize_with = "nullable")]
@@ -415,10 +450,13 @@ pub struct Container {
 #[serde(default, rename_all = "camelCase")]
 pub struct ContainerPort {
     /// Its name.
+    #[serde(deserialize_with = "nullable")]
     pub name: String,
     /// Its number.
+    #[serde(deserialize_with = "nullable")]
     pub container_port: u16,
     /// Its protocol.
+    #[serde(deserialize_with = "nullable")]
     pub protocol: Protocol,
 }
 
@@ -427,6 +465,7 @@ pub struct ContainerPort {
 #[serde(default, rename_all = "camelCase")]
 pub struct PodStatus {
     /// `Succeeded` and `Failed` Pods are no endpoints.
+    #[serde(deserialize_with = "nullable")]
     pub phase: String,
     /// Conditions; `Ready` matters.
     #[serde(deserialize_with = "nullable")]
@@ -444,9 +483,10 @@ pub struct PodStatus {
 #[serde(default)]
 pub struct PodCondition {
     /// Its name.
-    #[serde(rename = "type")]
+    #[serde(rename = "type", deserialize_with = "nullable")]
     pub type_: String,
     /// `True`, `False` or `Unknown`.
+    #[serde(deserialize_with = "nullable")]
     pub status: String,
 }
 
@@ -455,6 +495,7 @@ pub struct PodCondition {
 #[serde(default)]
 pub struct PodIp {
     /// The address.
+    #[serde(deserialize_with = "nullable")]
     pub ip: String,
 }
 
@@ -463,10 +504,13 @@ pub struct PodIp {
 #[serde(default)]
 pub struct Node {
     /// Name and labels.
+    #[serde(deserialize_with = "nullable")]
     pub metadata: Metadata,
     /// Pod networks.
+    #[serde(deserialize_with = "nullable")]
     pub spec: NodeSpec,
     /// Addresses.
+    #[serde(deserialize_with = "nullable")]
     pub status: NodeStatus,
 }
 
@@ -496,9 +540,10 @@ pub struct NodeStatus {
 #[serde(default)]
 pub struct NodeStatusAddress {
     /// `InternalIP`, `ExternalIP`, `Hostname`.
-    #[serde(rename = "type")]
+    #[serde(rename = "type", deserialize_with = "nullable")]
     pub type_: String,
     /// The address.
+    #[serde(deserialize_with = "nullable")]
     pub address: String,
 }
 
@@ -507,8 +552,10 @@ pub struct NodeStatusAddress {
 #[serde(default)]
 pub struct ServiceCidr {
     /// Its name.
+    #[serde(deserialize_with = "nullable")]
     pub metadata: Metadata,
     /// Its networks.
+    #[serde(deserialize_with = "nullable")]
     pub spec: ServiceCidrSpec,
 }
 

@@ -3,15 +3,13 @@
 //! In: Pods and selectors as they come and go. Out: the two relations. Pods of one namespace with equal labels form a group
 //! (the Pods of a Deployment do), and selectors are held against groups.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    sync::Arc,
-};
+use std::{collections::BTreeMap, sync::Arc};
 
 use super::{
     labels::{Label, Labels},
     object::ObjectName,
     pod::PodState,
+    small_set::SmallSet,
 };
 
 /// A label in a namespace.
@@ -22,10 +20,10 @@ type GroupKey = (Arc<str>, Labels);
 /// The Pods and the selectors.
 #[derive(Debug, Default)]
 pub(super) struct Selection {
-    pods: BTreeMap<ObjectName, PodState>,
-    groups: BTreeMap<GroupKey, BTreeSet<Arc<str>>>,
+    pods: BTreeMap<ObjectName, Box<PodState>>,
+    groups: BTreeMap<GroupKey, SmallSet<Arc<str>>>,
     /// Groups that have a label.
-    groups_by_pair: BTreeMap<Pair, BTreeSet<Labels>>,
+    groups_by_pair: BTreeMap<Pair, SmallSet<Labels>>,
     selectors: BTreeMap<ObjectName, Selector>,
     by_pair: BTreeMap<Pair, Selecting>,
 }
@@ -44,7 +42,7 @@ struct Selecting {
     /// How many do.
     count: usize,
     /// Those which are found here.
-    home: BTreeSet<Arc<str>>,
+    home: SmallSet<Arc<str>>,
 }
 
 impl Selection {
@@ -53,7 +51,7 @@ impl Selection {
     }
 
     pub(super) fn pod(&self, name: &ObjectName) -> Option<&PodState> {
-        self.pods.get(name)
+        self.pods.get(name).map(|pod| &**pod)
     }
 
     /// Services that select Pods with these labels.
@@ -61,7 +59,7 @@ impl Selection {
         let mut found = Vec::new();
         for label in labels.iter() {
             let Some(selecting) = self.by_pair.get(&pair(namespace, label)) else { continue };
-            for name in &selecting.home {
+            for name in selecting.home.iter() {
                 let service = ObjectName { namespace: namespace.clone(), name: name.clone() };
                 if self.selectors.get(&service).is_some_and(|selector| labels.match_all(&selector.labels)) {
                     found.push(service);
@@ -83,13 +81,14 @@ impl Selection {
                     .labels
                     .iter()
                     .map(|label| self.groups_by_pair.get(&pair(namespace, label)))
-                    .min_by_key(|groups| groups.map_or(0, BTreeSet::len))
+                    .min_by_key(|groups| groups.map_or(0, SmallSet::len))
                     .flatten();
-                fewest.into_iter().flatten().filter(|labels| labels.match_all(&selector.labels))
+                fewest.into_iter().flat_map(SmallSet::iter).filter(|labels| labels.match_all(&selector.labels))
             })
             .filter_map(move |labels| self.groups.get(&(namespace.clone(), labels.clone())))
-            .flatten()
+            .flat_map(SmallSet::iter)
             .filter_map(move |name| self.pods.get(&ObjectName { namespace: namespace.clone(), name: name.clone() }))
+            .map(|pod| &**pod)
     }
 
     /// Puts a Pod in place of the one of this name, which is handed back.
@@ -103,7 +102,7 @@ impl Selection {
             }
         }
         group.insert(pod.name.name.clone());
-        self.pods.insert(pod.name.clone(), pod);
+        self.pods.insert(pod.name.clone(), Box::new(pod));
         old
     }
 
@@ -126,7 +125,7 @@ impl Selection {
                 }
             }
         }
-        Some(pod)
+        Some(*pod)
     }
 
     /// Sets a Service's selector; an empty one selects nothing.
