@@ -214,22 +214,25 @@ pub mod settings_flags {
     pub const LEAVE_MID_FLOW: u32 = 1 << 0;
 }
 
-/// A network as address and mask. The default (mask 0, a network that no address has) holds nothing.
+/// A network as address and mask. The default holds nothing; [`Cover::EVERYTHING`] is the network of length 0.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Cover {
     /// The network's address.
     pub network: Addr,
-    /// Its mask; all zero: nothing is covered.
+    /// Its mask.
     pub mask: Addr,
 }
 
 impl Cover {
+    /// Every address: what two networks without a common bit are covered by. Told from nothing by a network address.
+    pub const EVERYTHING: Self = Self { network: Addr { words: [1, 0, 0, 0] }, mask: Addr::UNSPECIFIED_V6 };
+
     /// Whether the network holds the address.
     #[must_use]
     #[inline(always)]
     pub const fn holds(&self, addr: &Addr) -> bool {
-        self.mask.words[0] != 0 && addr.within(&self.network, &self.mask)
+        self.mask.words[0] | self.network.words[0] != 0 && addr.within(&self.network, &self.mask)
     }
 }
 

@@ -46,7 +46,7 @@ pub struct Memory {
 fn holds(prefixes: &BTreeSet<PrefixKey>, service: u32, addr: &Addr) -> bool {
     let bits = |addr: &Addr| addr.words.iter().fold(0, |bits, word| bits << 32 | u128::from(u32::from_be(*word)));
     prefixes.iter().filter(|prefix| prefix.service == service).any(|prefix| {
-        let free = 160 - prefix.prefix_len;
+        let free = 160_u32.saturating_sub(prefix.prefix_len);
         (bits(addr) ^ bits(&prefix.addr)).checked_shr(free).unwrap_or(0) == 0
     })
 }
