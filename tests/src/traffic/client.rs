@@ -78,6 +78,15 @@ impl Client {
         self.netns.run(|| ask_here(protocol, None, to, self.timeout))
     }
 
+    /// Asks once from a new socket; the time is that of the question alone.
+    pub fn ask_timed(&self, protocol: Protocol, to: SocketAddr) -> (Duration, io::Result<Answer>) {
+        self.netns.run(|| {
+            let start = Instant::now();
+            let result = ask_here(protocol, None, to, self.timeout);
+            (start.elapsed(), result)
+        })
+    }
+
     /// Asks once from a chosen address and port.
     pub fn ask_from(&self, protocol: Protocol, source: SocketAddr, to: SocketAddr) -> io::Result<Answer> {
         self.netns.run(|| ask_here(protocol, Some(source), to, self.timeout))
