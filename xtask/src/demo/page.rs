@@ -31,7 +31,7 @@ impl Page {
 
     /// A line of text.
     pub fn line(&self, text: &str) {
-        println!("   {text}");
+        println!("{}", format!("   {text}").trim_end());
     }
 
     /// A line that says that something went as it should.
