@@ -76,7 +76,7 @@ impl Drop for Cgroup {
         if place.shares > 0 {
             return;
         }
-        if let Err(error) = move_into(process::id(), &place.before).and_then(|()| remove(&place.path)) {
+        if let Err(error) = move_all(&place.path, &place.before).and_then(|()| remove(&place.path)) {
             eprintln!("lab: leaving a cgroup behind: {error:#}");
         }
         if let Some(mounted) = &place.private_mount {
@@ -110,6 +110,17 @@ pub fn remove(path: &Path) -> Result<()> {
         }
     }
     last.with_context(|| format!("removing cgroup {}", path.display()))
+}
+
+/// Also moves what a person put there to explore a lab.
+fn move_all(from: &Path, to: &Path) -> Result<()> {
+    move_into(process::id(), to)?;
+    let text = fs::read_to_string(from.join("cgroup.procs")).unwrap_or_default();
+    for pid in text.lines().filter_map(|line| line.parse().ok()) {
+        // One that has just ended can't be moved and needn't be.
+        let _ = move_into(pid, to);
+    }
+    Ok(())
 }
 
 fn move_into(pid: u32, group: &Path) -> Result<()> {

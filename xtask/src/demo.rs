@@ -87,8 +87,9 @@ fn explore(page: &mut Page, cluster: &Cluster) {
         "ip netns exec {} curl http://10.99.1.10/ 'http://[fd00:99:1::10]/'",
         cluster.lab.outside.name()
     ));
-    page.command(&format!("cgexec() {{ echo $$ > {}/cgroup.procs; \"$@\"; }}", cluster.lab.cgroup().display()));
-    page.command(&format!("(cgexec ip netns exec {node} curl http://10.96.0.10/)"));
+    // A client of the node is one of its cgroup, as on a real node all processes are.
+    let procs = cluster.lab.cgroup().join("cgroup.procs").display().to_string();
+    page.command(&format!("sh -c 'echo $$ > {procs}; exec ip netns exec {node} curl http://10.96.0.10/'"));
     page.line("Ask the agent of node1:");
     for subcommand in ["status", "services", "endpoints", "flows"] {
         page.command(&format!("ip netns exec {node} {agent} {subcommand} --bpffs {bpffs}"));
