@@ -158,14 +158,15 @@ fn nothing_of_a_lab_is_left_after_it_or_after_a_panic_in_it() {
     }
 }
 
-/// Run by the next test in a process of its own, which is then killed.
-#[test]
-#[ignore = "a victim for another test"]
-fn victim() {
+/// Set in the process that the next test kills.
+const VICTIM: &str = "FAIRLEAD_LAB_VICTIM";
+
+/// A lab with a process of its own in it, until it is killed.
+fn be_the_victim() {
     let lab = Lab::new(Topology { nodes: 1, pods_per_node: 1, ..Topology::default() });
     let mut command = Command::new("sleep");
     lab.node(1).netns.apply(&mut command).unwrap();
-    let mut sleeper = command.arg("60").spawn().unwrap();
+    let mut sleeper = command.arg("60").stdout(Stdio::null()).spawn().unwrap();
     println!("up {}", lab.node(1).netns.name());
     sleeper.wait().unwrap();
 }
@@ -174,9 +175,13 @@ fn victim() {
 fn leftovers_of_a_killed_run_are_found_and_removed_and_labs_in_use_are_not() {
     use std::io::{BufRead, BufReader};
 
+    if std::env::var_os(VICTIM).is_some() {
+        return be_the_victim();
+    }
     let mine = Lab::new(Topology { nodes: 1, pods_per_node: 0, ..Topology::default() });
     let mut child = Command::new(std::env::current_exe().unwrap())
-        .args(["--ignored", "--exact", "victim", "--nocapture"])
+        .args(["--exact", "leftovers_of_a_killed_run_are_found_and_removed_and_labs_in_use_are_not", "--nocapture"])
+        .env(VICTIM, "1")
         .stdout(Stdio::piped())
         .stderr(Stdio::null())
         .spawn()
