@@ -78,6 +78,9 @@ pub fn ensure() -> Result<bool> {
             "bpf-linker can't be installed; the three ways to an eBPF object are named in README.md, Toolchain",
         )?;
     }
+    if linker_is_missing() {
+        bail!("bpf-linker was installed, yet it is in no folder of PATH and not in cargo's own");
+    }
     if let Some(need) = needs().into_iter().find(|need| !need.found) {
         bail!("still missing after the installation of {}: {}", need.packages.join(" "), need.why);
     }
@@ -160,7 +163,7 @@ fn install_packages(missing: &[Need]) -> Result<()> {
     let packages: Vec<&str> = missing.iter().flat_map(|need| need.packages.iter().copied()).collect();
     process::run("apt-get update", &mut apt(&["update"]))?;
     let arguments = [["install", "--yes", "--no-install-recommends"].as_slice(), &packages].concat();
-    process::run(&format!("apt-get install {}", packages.join(" ")), &mut apt(&arguments)).with_context(|| {
+    process::run(&format!("installing {} packages", packages.len()), &mut apt(&arguments)).with_context(|| {
         format!("Debian 12 and its security updates have all of these\n{}", instructions(missing, false))
     })
 }

@@ -97,6 +97,11 @@ impl Client {
         self.netns.run(|| (0..times).map(|_| ask_here(protocol, None, to, self.timeout)).collect())
     }
 
+    /// Asks `times` times, each from a new socket; every result is returned, errors too.
+    pub fn each(&self, protocol: Protocol, to: SocketAddr, times: usize) -> Vec<io::Result<Answer>> {
+        self.netns.run(|| (0..times).map(|_| ask_here(protocol, None, to, self.timeout)).collect())
+    }
+
     /// How often each server answered out of `times` questions.
     pub fn tally(&self, protocol: Protocol, to: SocketAddr, times: usize) -> io::Result<BTreeMap<String, usize>> {
         let mut tally = BTreeMap::new();
