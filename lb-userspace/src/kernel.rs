@@ -1,1 +1,345 @@
-//! Being written.
+//! The kernel's side of the agent: maps, programs, links, devices.
+//!
+//! In: [`Write`]s from `image`, devices from [`devices`]. Out: the content of the maps, what is attached. A start adopts what is
+//! pinned and clears nothing; programs are attached when the caller says so. What a write means is not known here.
+
+pub mod cleanup;
+pub mod devices;
+pub mod folder;
+pub mod links;
+mod netlink;
+pub mod object;
+pub mod pinned;
+mod sys;
+pub mod tables;
+
+use std::{fs, os::fd::AsFd as _, path::PathBuf};
+
+use anyhow::{Context as _, Result, bail};
+use lb_common::memory::Memory;
+use tracing::{info, warn};
+
+use self::{
+    folder::Folder,
+    links::{Attached, Cgroup, Links, Port},
+    object::{Capacity, Programs, Table},
+    tables::{Statistics, Stopped, Store},
+};
+use crate::image::Write;
+
+/// How programs are attached to devices (`--attach`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Attach {
+    /// TCX where the kernel has it (Linux 6.6).
+    #[default]
+    Auto,
+    /// TCX.
+    Tcx,
+    /// Filters of the clsact qdisc.
+    Clsact,
+}
+
+/// Whose sockets are translated (`--socket-lb`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum SocketLb {
+    /// Nobody's.
+    Off,
+    /// Those of the agent's network namespace.
+    #[default]
+    Host,
+    /// Those of pods too.
+    All,
+}
+
+/// What the operator says about the kernel.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The folder of pins (`--bpffs`).
+    pub bpffs: PathBuf,
+    /// The cgroup (`--cgroup`); found where not given.
+    pub cgroup: Option<PathBuf>,
+    /// How programs are attached to devices.
+    pub attach: Attach,
+    /// Whose sockets are translated.
+    pub socket_lb: SocketLb,
+    /// How many connections are remembered; only a new flow table obeys.
+    pub flows: u32,
+    /// First port that masquerading may take.
+    pub masquerade_first: u32,
+    /// How many ports from there on.
+    pub masquerade_ports: u32,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            bpffs: "/sys/fs/bpf/fairlead".into(),
+            cgroup: None,
+            attach: Attach::default(),
+            socket_lb: SocketLb::default(),
+            flows: object::default_flows(),
+            masquerade_first: 61_000,
+            masquerade_ports: 4_096,
+        }
+    }
+}
+
+/// The kernel as the agent writes to it.
+#[derive(Debug)]
+pub struct Kernel {
+    options: Options,
+    folder: Folder,
+    generation: u64,
+    store: Store,
+    programs: Programs,
+    links: Links,
+    cgroup: Option<Cgroup>,
+    /// What programs are attached to, as this process did it.
+    ports: Vec<Port>,
+    /// Whether this process attached or detached the socket programs.
+    sockets: bool,
+}
+
+impl Kernel {
+    /// Adopts what is pinned, or creates it. Nothing is cleared, and nothing is attached that was not.
+    pub fn open(options: Options) -> Result<Self> {
+        let folder = Folder::open(&options.bpffs)?;
+        for name in folder::names(&folder.maps())? {
+            if name.parse::<u64>().is_err() {
+                object::remove_generation(&folder.maps().join(name))?;
+            }
+        }
+        for name in object::FLOW_MAPS {
+            if let Some(map) = object::open_flow_map(&folder.flows(), name)?
+                && name == "FLOWS"
+                && map.shape().max_entries / 2 != options.flows
+            {
+                warn!(
+                    flows = map.shape().max_entries / 2,
+                    wanted = options.flows,
+                    "the flow table keeps the size that it was made with; `fairlead cleanup` and a new start change it"
+                );
+            }
+        }
+        let generations = folder.generations()?;
+        let (generation, programs) = match generations.last() {
+            Some(&generation) => {
+                let dir = folder.generation(generation);
+                for table in Table::ALL {
+                    // Says what is wrong before the loader would take the map unseen.
+                    object::open_table(&dir, table)?;
+                }
+                let programs = Programs::load(&dir, &folder.flows(), &Capacity::default(), &options)?;
+                (generation, programs)
+            }
+            None => {
+                let dir = folder.unfinished(1);
+                make_dir(&dir)?;
+                let programs = Programs::load(&dir, &folder.flows(), &Capacity::default(), &options)?;
+                finish(&folder, 1)?;
+                (1, programs)
+            }
+        };
+        let store = Store::open(&folder.generation(generation), Statistics::default())?;
+        let links = Links::new(folder.links(), options.attach);
+        let mut kernel = Self {
+            options,
+            folder,
+            generation,
+            store,
+            programs,
+            links,
+            cgroup: None,
+            ports: Vec::new(),
+            sockets: false,
+        };
+        if generations.len() > 1 {
+            info!("an agent ended while tables grew; the next attachment completes it");
+        }
+        kernel.open_cgroup()?;
+        Ok(kernel)
+    }
+
+    fn open_cgroup(&mut self) -> Result<()> {
+        if self.options.socket_lb != SocketLb::Off {
+            let (path, fd) = folder::cgroup(self.options.cgroup.as_deref())?;
+            self.cgroup = Some(Cgroup { path, fd });
+        }
+        Ok(())
+    }
+
+    /// What is in the tables.
+    pub fn memory(&self) -> Result<Memory> {
+        self.store.read()
+    }
+
+    /// What writing has cost so far.
+    pub fn statistics(&self) -> Statistics {
+        self.store.statistics()
+    }
+
+    /// How many entries a table has room for.
+    pub fn room(&self, table: Table) -> u32 {
+        self.store.room(table)
+    }
+
+    /// Does the writes in order. Tables grow where they must.
+    pub fn apply(&mut self, writes: &[Write]) -> Result<()> {
+        let mut rest = writes;
+        loop {
+            match self.store.apply(rest) {
+                Ok(()) => return Ok(()),
+                Err(Stopped::Failed(error)) => return Err(error),
+                Err(Stopped::Full(table, index)) => {
+                    rest = rest.get(index..).unwrap_or_default();
+                    self.grow(table, rest)?;
+                }
+            }
+        }
+    }
+
+    /// Makes a larger generation of the tables, complete before the first program uses it.
+    fn grow(&mut self, full: Table, writes: &[Write]) -> Result<()> {
+        let memory = self.store.read()?;
+        let mut after = memory.clone();
+        tables::add_to(&mut after, writes);
+        let capacity = Capacity::of(&after);
+        let larger: Vec<Table> = Table::ALL
+            .into_iter()
+            .filter(|table| *table == full || capacity.needs(*table) > self.store.room(*table))
+            .collect();
+        if capacity.entries(full) <= self.store.room(full) {
+            bail!("map {} is full at {} entries and can't grow", full.name(), self.store.room(full));
+        }
+        let next = self.generation + 1;
+        let dir = self.folder.unfinished(next);
+        make_dir(&dir)?;
+        for table in Table::ALL {
+            if !larger.contains(&table) {
+                let path = dir.join(table.name());
+                sys::pin(self.store.fd(table)?, &path).with_context(|| format!("cannot pin {}", path.display()))?;
+            }
+        }
+        let mut programs = Programs::load(&dir, &self.folder.flows(), &capacity, &self.options)?;
+        let statistics = self.store.statistics();
+        let mut store = Store::open(&dir, Statistics { growths: statistics.growths + 1, ..statistics })?;
+        for table in &larger {
+            match store.apply(&tables::fill(&memory, *table)) {
+                Ok(()) => {}
+                Err(Stopped::Failed(error)) => return Err(error),
+                Err(Stopped::Full(table, _)) => bail!("the larger map {} is full", table.name()),
+            }
+        }
+        finish(&self.folder, next)?;
+        self.ports.retain(|port| match self.links.attach(&mut programs, port) {
+            Ok(()) => true,
+            Err(error) => {
+                warn!(
+                    device = port.name,
+                    error = format!("{error:#}"),
+                    "it keeps its programs until it is attached to again"
+                );
+                false
+            }
+        });
+        if let Some(cgroup) = self.cgroup.as_ref()
+            && self.sockets
+        {
+            self.links.attach_sockets(&mut programs, cgroup.fd.as_fd())?;
+        }
+        info!(table = full.name(), generation = next, room = store.room(full), "tables have grown");
+        self.store = store;
+        self.programs = programs;
+        self.generation = next;
+        // Links that this process has not attached yet still run programs of the old maps.
+        self.remove_old_generations()?;
+        Ok(())
+    }
+
+    /// Whether something is pinned that this process has not attached, so that it runs older programs.
+    fn is_adopting(&self) -> Result<bool> {
+        let attached = |ifindex: &u32| self.ports.iter().any(|port| port.ifindex == *ifindex);
+        Ok(!self.links.devices()?.iter().all(attached) || (self.links.has_sockets()? && !self.sockets))
+    }
+
+    /// Removes the generations that no program uses any more.
+    fn remove_old_generations(&self) -> Result<()> {
+        if self.is_adopting()? {
+            return Ok(());
+        }
+        for generation in self.folder.generations()? {
+            if generation < self.generation {
+                object::remove_generation(&self.folder.generation(generation))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes the devices with programs exactly these: attaches to new ones, replaces the programs of those that an earlier
+    /// agent attached, detaches from the others. One device that fails does not keep the others waiting.
+    pub fn attach_devices(&mut self, ports: &[Port]) -> Result<()> {
+        let mut failed = Vec::new();
+        for ifindex in self.links.devices()? {
+            if ports.iter().all(|port| port.ifindex != ifindex)
+                && let Err(error) = self.links.detach(ifindex)
+            {
+                failed.push(error);
+            }
+        }
+        self.ports.retain(|port| ports.contains(port));
+        for port in ports {
+            if !self.ports.contains(port) {
+                match self.links.attach(&mut self.programs, port) {
+                    Ok(()) => self.ports.push(port.clone()),
+                    Err(error) => failed.push(error),
+                }
+            }
+        }
+        self.remove_old_generations()?;
+        match failed.into_iter().next() {
+            Some(error) => Err(error),
+            None => Ok(()),
+        }
+    }
+
+    /// Forgets that a device has been attached to, so that the next [`Kernel::attach_devices`] looks at it again.
+    pub fn recheck(&mut self, ifindex: u32) {
+        self.ports.retain(|port| port.ifindex != ifindex);
+    }
+
+    /// Attaches the socket programs, or detaches them where they are off.
+    pub fn attach_sockets(&mut self) -> Result<()> {
+        match &self.cgroup {
+            Some(cgroup) => self
+                .links
+                .attach_sockets(&mut self.programs, cgroup.fd.as_fd())
+                .with_context(|| format!("cgroup {}", cgroup.path.display()))?,
+            None => self.links.detach_sockets()?,
+        }
+        self.sockets = true;
+        self.remove_old_generations()
+    }
+
+    /// What is attached.
+    pub fn status(&self) -> Result<Vec<Attached>> {
+        self.links.status()
+    }
+
+    /// How programs are attached to devices.
+    pub fn mechanism(&self) -> links::Mechanism {
+        self.links.mechanism()
+    }
+}
+
+fn make_dir(dir: &std::path::Path) -> Result<()> {
+    fs::create_dir(dir).with_context(|| format!("cannot make {}", dir.display()))
+}
+
+/// Gives a generation its number: it is complete.
+fn finish(folder: &Folder, generation: u64) -> Result<()> {
+    let (from, to) = (folder.unfinished(generation), folder.generation(generation));
+    fs::rename(&from, &to).with_context(|| format!("cannot rename {} to {}", from.display(), to.display()))
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,151 @@
+//! Questions to rtnetlink that are answered at once: dumps, clsact qdiscs, filters.
+//!
+//! In: an ifindex of the current network namespace. Out: messages, or nothing where what is to be removed is gone already.
+//! Each question has a socket of its own; nothing is awaited.
+
+use std::io;
+
+use anyhow::{Context as _, Result};
+use rtnetlink::{
+    packet_core::{NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload},
+    packet_route::{
+        RouteNetlinkMessage,
+        tc::{TcAttribute, TcHandle, TcMessage},
+    },
+    sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE},
+};
+
+/// Sends a request and collects its answers. An interrupted dump is asked for again.
+pub fn request(message: RouteNetlinkMessage, flags: u16) -> io::Result<Vec<RouteNetlinkMessage>> {
+    loop {
+        match request_once(message.clone(), flags) {
+            Err(error) if error.raw_os_error() == Some(libc::EINTR) => {}
+            result => return result,
+        }
+    }
+}
+
+fn request_once(message: RouteNetlinkMessage, flags: u16) -> io::Result<Vec<RouteNetlinkMessage>> {
+    /// The dump is not of one moment (`NLM_F_DUMP_INTR`).
+    const INTERRUPTED: u16 = 0x10;
+    let mut socket = Socket::new(NETLINK_ROUTE)?;
+    socket.bind_auto()?;
+    socket.connect(&SocketAddr::new(0, 0))?;
+    let mut request = NetlinkMessage::from(message);
+    request.header.flags = NLM_F_REQUEST | flags;
+    request.header.sequence_number = 1;
+    request.finalize();
+    let mut buffer = vec![0; request.buffer_len()];
+    request.serialize(&mut buffer);
+    socket.send(&buffer, 0)?;
+    let mut answers = Vec::new();
+    let mut interrupted = false;
+    loop {
+        let (datagram, _) = socket.recv_from_full()?;
+        let mut rest = datagram.as_slice();
+        while rest.len() >= 16 {
+            let answer = NetlinkMessage::<RouteNetlinkMessage>::deserialize(rest).map_err(io::Error::other)?;
+            interrupted |= answer.header.flags & INTERRUPTED != 0;
+            let len = (answer.header.length as usize).next_multiple_of(4).max(16);
+            match answer.payload {
+                NetlinkPayload::Done(_) if interrupted => return Err(io::Error::from_raw_os_error(libc::EINTR)),
+                NetlinkPayload::Done(_) => return Ok(answers),
+                NetlinkPayload::Error(error) => match error.code {
+                    None => return Ok(answers),
+                    Some(code) => return Err(io::Error::from_raw_os_error(code.get().abs())),
+                },
+                NetlinkPayload::InnerMessage(message) => answers.push(message),
+                NetlinkPayload::Noop | NetlinkPayload::Overrun(_) | _ => {}
+            }
+            rest = rest.get(len..).unwrap_or_default();
+        }
+    }
+}
+
+/// Everything of one kind.
+pub fn dump(message: RouteNetlinkMessage) -> io::Result<Vec<RouteNetlinkMessage>> {
+    request(message, NLM_F_DUMP)
+}
+
+fn message(ifindex: u32, parent: TcHandle) -> Result<TcMessage> {
+    let mut message = TcMessage::default();
+    message.header.index = i32::try_from(ifindex).context("an ifindex beyond i32")?;
+    message.header.parent = parent;
+    Ok(message)
+}
+
+fn clsact(ifindex: u32) -> Result<TcMessage> {
+    let mut message = message(ifindex, TcHandle::CLSACT)?;
+    message.header.handle = TcHandle { major: TcHandle::CLSACT.major, minor: 0 };
+    message.attributes.push(TcAttribute::Kind("clsact".into()));
+    Ok(message)
+}
+
+const fn parent(ingress: bool) -> TcHandle {
+    let minor = if ingress { TcHandle::MIN_INGRESS } else { TcHandle::MIN_EGRESS };
+    TcHandle { major: TcHandle::CLSACT.major, minor }
+}
+
+/// Adds the clsact qdisc; false if the device has it.
+pub fn add_clsact(ifindex: u32) -> Result<bool> {
+    let flags = NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL;
+    match request(RouteNetlinkMessage::NewQueueDiscipline(clsact(ifindex)?), flags) {
+        Ok(_) => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(false),
+        Err(error) => Err(error).context("cannot add the clsact qdisc"),
+    }
+}
+
+/// Removes the clsact qdisc unless someone's filters are in it.
+pub fn remove_clsact_if_unused(ifindex: u32) -> Result<()> {
+    for ingress in [true, false] {
+        if !filters(ifindex, ingress)?.is_empty() {
+            return Ok(());
+        }
+    }
+    match request(RouteNetlinkMessage::DelQueueDiscipline(clsact(ifindex)?), NLM_F_ACK) {
+        Err(error) if !is_gone(&error) => Err(error).context("cannot remove the clsact qdisc"),
+        Ok(_) | Err(_) => Ok(()),
+    }
+}
+
+/// Removes one filter.
+pub fn remove_filter(ifindex: u32, ingress: bool, priority: u16, handle: u32) -> Result<()> {
+    let mut message = message(ifindex, parent(ingress))?;
+    message.header.handle = handle.into();
+    message.header.info = u32::from(priority) << 16;
+    match request(RouteNetlinkMessage::DelTrafficFilter(message), NLM_F_ACK) {
+        Err(error) if !is_gone(&error) => Err(error).context("cannot remove our filter"),
+        Ok(_) | Err(_) => Ok(()),
+    }
+}
+
+/// Whether a filter is there.
+pub fn has_filter(ifindex: u32, ingress: bool, priority: u16, handle: u32) -> Result<bool> {
+    Ok(filters(ifindex, ingress)?.contains(&(priority, handle)))
+}
+
+/// Preferences and handles of the clsact filters of a device.
+pub fn filters(ifindex: u32, ingress: bool) -> Result<Vec<(u16, u32)>> {
+    let answers = match dump(RouteNetlinkMessage::GetTrafficFilter(message(ifindex, parent(ingress))?)) {
+        Ok(answers) => answers,
+        Err(error) if is_gone(&error) => return Ok(Vec::new()),
+        Err(error) => return Err(error).context("cannot list the device's filters"),
+    };
+    Ok(answers
+        .into_iter()
+        .filter_map(|answer| match answer {
+            RouteNetlinkMessage::NewTrafficFilter(filter) => {
+                let handle = u32::from(filter.header.handle);
+                // Handle 0 stands for the preference itself.
+                (handle != 0).then(|| (u16::try_from(filter.header.info >> 16).unwrap_or(0), handle))
+            }
+            _ => None,
+        })
+        .collect())
+}
+
+/// The device, its qdisc or its filter is not there.
+fn is_gone(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::ENODEV | libc::ENOENT | libc::EINVAL))
+}

@@ -1,0 +1,106 @@
+//! Reading what is pinned, beside a running agent.
+//!
+//! In: the folder of pins. Out: the tables' content, flows, counters, what is attached. Nothing is written, locked or attached.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, Result};
+use lb_common::{
+    flow::{Flow, FlowKey},
+    memory::Memory,
+};
+
+use super::{
+    folder,
+    links::{self, Attached},
+    object::{FLOW_MAPS, Table, open_flow_map},
+    sys::{Map, value_of},
+    tables::{Statistics, Store},
+};
+
+/// A reader of what is pinned. [`Pinned::memory`] answers what decisions need ([`lb_common::tables::Tables`]).
+#[derive(Debug)]
+pub struct Pinned {
+    store: Store,
+    flows: PathBuf,
+    links: PathBuf,
+}
+
+/// How full a map is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Fill {
+    /// Its name.
+    pub name: &'static str,
+    /// Its id.
+    pub id: u32,
+    /// Entries in it.
+    pub used: u64,
+    /// Entries it has room for.
+    pub room: u32,
+}
+
+impl Pinned {
+    /// Opens the newest tables in a folder.
+    pub fn open(root: &Path) -> Result<Self> {
+        let (generation, flows, links) = folder::current(root)?;
+        Ok(Self { store: Store::open(&generation, Statistics::default())?, flows, links })
+    }
+
+    /// What is in the tables now.
+    pub fn memory(&self) -> Result<Memory> {
+        self.store.read()
+    }
+
+    fn flow_map(&self, name: &str) -> Result<Map> {
+        open_flow_map(&self.flows, name)?.with_context(|| format!("map {name} is missing in {}", self.flows.display()))
+    }
+
+    /// Every flow entry: first those that were answered, then the others.
+    pub fn flows(&self, mut each: impl FnMut(FlowKey, Flow)) -> Result<()> {
+        for name in ["FLOWS", "NEW_FLOWS"] {
+            self.flow_map(name)?
+                .read(|key, flow| each(value_of(key), value_of(flow)))
+                .with_context(|| format!("cannot read map {name}"))?;
+        }
+        Ok(())
+    }
+
+    /// The counters, by [`lb_common::reason::Reason`], summed over the CPUs.
+    pub fn counters(&self) -> Result<Vec<u64>> {
+        let mut counters = Vec::new();
+        self.flow_map("COUNTERS")?
+            .read(|_, values| {
+                counters.push(values.chunks_exact(8).fold(0, |sum: u64, value| sum.wrapping_add(value_of(value))));
+            })
+            .context("cannot read map COUNTERS")?;
+        Ok(counters)
+    }
+
+    /// What is attached.
+    pub fn attached(&self) -> Result<Vec<Attached>> {
+        links::status(&self.links)
+    }
+
+    /// How full each map is.
+    pub fn fill(&self) -> Result<Vec<Fill>> {
+        let mut fill = self.store.fill()?;
+        for name in FLOW_MAPS {
+            let map = self.flow_map(name)?;
+            let used = if matches!(name, "FLOWS" | "NEW_FLOWS" | "FRAGMENTS") { count(&map)? } else { 0 };
+            fill.push(Fill { name, id: map.shape().id, used, room: map.shape().max_entries });
+        }
+        Ok(fill)
+    }
+
+    /// How many entries a table has room for.
+    pub fn room(&self, table: Table) -> u32 {
+        self.store.room(table)
+    }
+}
+
+/// Entries of a map.
+pub fn count(map: &Map) -> Result<u64> {
+    let mut count = 0;
+    map.read(|_, _| count += 1)?;
+    Ok(count)
+}

@@ -1,0 +1,348 @@
+//! Writing the tables, and reading them back.
+//!
+//! In: [`Write`]s in order, pinned maps. Out: as few bpf(2) calls as the order allows; a [`Memory`]. A table that is full is
+//! reported, not grown, here.
+
+use std::{
+    cell::Cell,
+    collections::{BTreeMap, BTreeSet},
+    io,
+    os::fd::BorrowedFd,
+    path::Path,
+};
+
+use anyhow::{Context as _, Result};
+use lb_common::{layout::Range, memory::Memory};
+
+use super::{
+    object::{Table, open_table},
+    pinned::{self, Fill},
+    sys::{self, Map, bytes_of, map_type, value_of},
+};
+use crate::image::Write;
+
+/// What writing has cost so far.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Statistics {
+    /// bpf(2) calls that changed or read tables.
+    pub calls: u64,
+    /// Entries set or removed.
+    pub entries: u64,
+    /// How often tables grew.
+    pub growths: u64,
+}
+
+/// The tables of one generation.
+#[derive(Debug)]
+pub struct Store {
+    maps: BTreeMap<Table, Map>,
+    /// The words of the two bit arrays that are not 0, so that setting a bit needs no look-up.
+    words: BTreeMap<(Table, u32), u64>,
+    statistics: Cell<Statistics>,
+}
+
+/// Why writing stopped.
+#[derive(Debug)]
+pub enum Stopped {
+    /// This table has no room; writes from this index on have not been done in full.
+    Full(Table, usize),
+    /// The kernel refused.
+    Failed(anyhow::Error),
+}
+
+/// Neighbouring changes of one kind to one table.
+struct Run {
+    table: Table,
+    /// Index of the first [`Write`].
+    first: usize,
+    removes: bool,
+    keys: Vec<u8>,
+    values: Vec<u8>,
+}
+
+impl Store {
+    /// Opens a generation.
+    pub fn open(generation: &Path, statistics: Statistics) -> Result<Self> {
+        let mut maps = BTreeMap::new();
+        for table in Table::ALL {
+            let map = open_table(generation, table)?
+                .with_context(|| format!("map {} is missing in {}", table.name(), generation.display()))?;
+            maps.insert(table, map);
+        }
+        let mut store = Self { maps, words: BTreeMap::new(), statistics: Cell::new(statistics) };
+        for table in [Table::FrontendBits, Table::EndpointBits] {
+            let mut words = BTreeMap::new();
+            store.each(table, |key: u32, word: u64| {
+                if word != 0 {
+                    words.insert((table, key), word);
+                }
+            })?;
+            store.words.append(&mut words);
+        }
+        Ok(store)
+    }
+
+    fn map(&self, table: Table) -> Result<&Map> {
+        self.maps.get(&table).with_context(|| format!("map {} is not open", table.name()))
+    }
+
+    /// A descriptor of a table's map.
+    pub fn fd(&self, table: Table) -> Result<BorrowedFd<'_>> {
+        Ok(self.map(table)?.fd())
+    }
+
+    /// How many entries a table has room for.
+    pub fn room(&self, table: Table) -> u32 {
+        self.maps.get(&table).map_or(0, |map| map.shape().max_entries)
+    }
+
+    /// How full each table is. Arrays are taken as full: they do not tell what was never written.
+    pub fn fill(&self) -> Result<Vec<Fill>> {
+        let fill = |(table, map): (&Table, &Map)| {
+            let shape = map.shape();
+            let used = match shape.map_type {
+                map_type::ARRAY => u64::from(shape.max_entries),
+                _ => pinned::count(map)?,
+            };
+            Ok(Fill { name: table.name(), id: shape.id, used, room: shape.max_entries })
+        };
+        self.maps.iter().map(fill).collect()
+    }
+
+    /// What writing has cost.
+    pub fn statistics(&self) -> Statistics {
+        self.statistics.get()
+    }
+
+    fn count(&self, calls: u64, entries: usize) {
+        let before = self.statistics.get();
+        self.statistics.set(Statistics {
+            calls: before.calls + calls,
+            entries: before.entries + entries as u64,
+            ..before
+        });
+    }
+
+    /// Applies writes in order.
+    pub fn apply(&mut self, writes: &[Write]) -> Result<(), Stopped> {
+        let mut run: Option<Run> = None;
+        for (index, write) in writes.iter().enumerate() {
+            let (table, removes) = place(write);
+            if let Some(done) = run.take_if(|run| (run.table, run.removes) != (table, removes)) {
+                self.flush(&done)?;
+            }
+            let run =
+                run.get_or_insert_with(|| Run { table, first: index, removes, keys: Vec::new(), values: Vec::new() });
+            self.add(run, write);
+        }
+        run.map_or(Ok(()), |run| self.flush(&run))
+    }
+
+    fn add(&mut self, run: &mut Run, write: &Write) {
+        fn put<K: aya::Pod, V: aya::Pod>(run: &mut Run, key: &K, value: &V) {
+            run.keys.extend_from_slice(bytes_of(std::slice::from_ref(key)));
+            run.values.extend_from_slice(bytes_of(std::slice::from_ref(value)));
+        }
+        fn remove<K: aya::Pod>(run: &mut Run, key: &K) {
+            run.keys.extend_from_slice(bytes_of(std::slice::from_ref(key)));
+        }
+        match write {
+            Write::Endpoint(id, endpoint) => put(run, id, endpoint),
+            Write::Slots(first, ids) => {
+                for (slot, id) in (*first..).zip(ids) {
+                    put(run, &slot, id);
+                }
+            }
+            Write::Service(id, name) => put(run, id, &**name),
+            Write::SourceRange(prefix) | Write::LocalCidr(prefix) | Write::ServiceCidr(prefix) => {
+                put(run, prefix, &1_u32);
+            }
+            Write::FrontendBit(bit) | Write::EndpointBit(bit) => {
+                let (word, mask) = (bit / 64, 1_u64 << (bit % 64));
+                let shadow = self.words.entry((run.table, word)).or_default();
+                *shadow |= mask;
+                if run.keys.ends_with(bytes_of(&[word])) {
+                    run.keys.truncate(run.keys.len() - 4);
+                    run.values.truncate(run.values.len() - 8);
+                }
+                put(run, &word, shadow);
+            }
+            Write::Frontend(key, frontend) => put(run, key, frontend),
+            Write::NodeAddress(addr, flags) => put(run, addr, flags),
+            Write::Device(ifindex, device) => put(run, ifindex, device),
+            Write::Settings(settings) => put(run, &0_u32, settings),
+            Write::RemoveService(id) => remove(run, id),
+            Write::RemoveSourceRange(prefix) | Write::RemoveLocalCidr(prefix) | Write::RemoveServiceCidr(prefix) => {
+                remove(run, prefix);
+            }
+            Write::RemoveFrontend(key) => remove(run, key),
+            Write::RemoveNodeAddress(addr) => remove(run, addr),
+            Write::RemoveDevice(ifindex) => remove(run, ifindex),
+        }
+    }
+
+    fn flush(&self, run: &Run) -> Result<(), Stopped> {
+        let map = self.map(run.table).map_err(Stopped::Failed)?;
+        let shape = map.shape();
+        let (key_size, value_size) = (shape.key_size as usize, shape.value_size as usize);
+        let total = run.keys.len() / key_size;
+        let mut done = 0;
+        let mut batches = total > 1;
+        while done < total {
+            let keys = run.keys.get(done * key_size..).unwrap_or_default();
+            let values = run.values.get(done * value_size..).unwrap_or_default();
+            let (count, result) = match (batches, run.removes) {
+                (true, false) => map.update_batch(keys, values),
+                (true, true) => map.delete_batch(keys),
+                (false, removes) => {
+                    let key = keys.get(..key_size).unwrap_or_default();
+                    let result = if removes {
+                        map.delete(key)
+                    } else {
+                        map.update(key, values.get(..value_size).unwrap_or_default())
+                    };
+                    (usize::from(result.is_ok()), result)
+                }
+            };
+            self.count(1, count);
+            done += count;
+            match result {
+                Ok(()) => {}
+                Err(error) if batches && sys::is_unsupported(&error) => batches = false,
+                // What is to be removed is not there: so be it.
+                Err(error) if run.removes && error.kind() == io::ErrorKind::NotFound => done += 1,
+                Err(error) if matches!(error.raw_os_error(), Some(libc::E2BIG | libc::ENOSPC)) => {
+                    return Err(Stopped::Full(run.table, run.first));
+                }
+                Err(error) => {
+                    let verb = if run.removes { "remove from" } else { "write to" };
+                    return Err(Stopped::Failed(
+                        anyhow::Error::new(error).context(format!("cannot {verb} map {}", run.table.name())),
+                    ));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn each<K: aya::Pod, V: aya::Pod>(&self, table: Table, mut each: impl FnMut(K, V)) -> Result<()> {
+        let calls = self
+            .map(table)?
+            .read(|key, value| each(value_of(key), value_of(value)))
+            .with_context(|| format!("cannot read map {}", table.name()))?;
+        self.count(calls, 0);
+        Ok(())
+    }
+
+    /// Everything that is in the tables. While another process writes, each entry is whole, but two entries may be of
+    /// different times.
+    ///
+    /// Arrays do not tell what was never written: endpoints of zeros are left out, and slots of zero unless a frontend's range
+    /// holds them.
+    pub fn read(&self) -> Result<Memory> {
+        let mut memory = Memory::default();
+        self.each(Table::Frontends, |key, value| drop(memory.frontends.insert(key, value)))?;
+        let mut ranges: Vec<Range> =
+            memory.frontends.values().flat_map(|frontend| [frontend.internal, frontend.external]).collect();
+        ranges.sort_unstable();
+        ranges.dedup();
+        let used: BTreeSet<u32> =
+            ranges.iter().flat_map(|range| range.offset..range.offset.saturating_add(range.len)).collect();
+        self.each(Table::Slots, |slot, id| {
+            if id != 0 || used.contains(&slot) {
+                memory.slots.insert(slot, id);
+            }
+        })?;
+        self.each(Table::Endpoints, |id, endpoint| {
+            if endpoint != Default::default() {
+                memory.endpoints.insert(id, endpoint);
+            }
+        })?;
+        self.each(Table::Services, |id, name| drop(memory.services.insert(id, name)))?;
+        self.each(Table::SourceRanges, |prefix, _: u32| drop(memory.source_ranges.insert(prefix)))?;
+        self.each(Table::LocalCidrs, |prefix, _: u32| drop(memory.local_cidrs.insert(prefix)))?;
+        self.each(Table::ServiceCidrs, |prefix, _: u32| drop(memory.service_cidrs.insert(prefix)))?;
+        self.each(Table::NodeAddresses, |addr, flags| drop(memory.node_addresses.insert(addr, flags)))?;
+        self.each(Table::Devices, |ifindex, device| drop(memory.devices.insert(ifindex, device)))?;
+        self.each(Table::Settings, |_: u32, settings| memory.settings = settings)?;
+        self.each(Table::FrontendBits, |word, bits| memory.frontend_bits.extend(set_bits(word, bits)))?;
+        self.each(Table::EndpointBits, |word, bits| memory.endpoint_bits.extend(set_bits(word, bits)))?;
+        Ok(memory)
+    }
+}
+
+fn set_bits(word: u32, bits: u64) -> impl Iterator<Item = u32> {
+    (0..64).filter(move |bit| bits >> bit & 1 != 0).map(move |bit| word * 64 + bit)
+}
+
+/// The table that a write changes, and whether it removes.
+const fn place(write: &Write) -> (Table, bool) {
+    match write {
+        Write::Endpoint(..) => (Table::Endpoints, false),
+        Write::Slots(..) => (Table::Slots, false),
+        Write::Service(..) => (Table::Services, false),
+        Write::RemoveService(_) => (Table::Services, true),
+        Write::SourceRange(_) => (Table::SourceRanges, false),
+        Write::RemoveSourceRange(_) => (Table::SourceRanges, true),
+        Write::FrontendBit(_) => (Table::FrontendBits, false),
+        Write::EndpointBit(_) => (Table::EndpointBits, false),
+        Write::Frontend(..) => (Table::Frontends, false),
+        Write::RemoveFrontend(_) => (Table::Frontends, true),
+        Write::LocalCidr(_) => (Table::LocalCidrs, false),
+        Write::RemoveLocalCidr(_) => (Table::LocalCidrs, true),
+        Write::ServiceCidr(_) => (Table::ServiceCidrs, false),
+        Write::RemoveServiceCidr(_) => (Table::ServiceCidrs, true),
+        Write::NodeAddress(..) => (Table::NodeAddresses, false),
+        Write::RemoveNodeAddress(_) => (Table::NodeAddresses, true),
+        Write::Device(..) => (Table::Devices, false),
+        Write::RemoveDevice(_) => (Table::Devices, true),
+        Write::Settings(_) => (Table::Settings, false),
+    }
+}
+
+/// Does to memory what the writes add, and nothing of what they remove: the most that the tables must hold meanwhile.
+pub fn add_to(memory: &mut Memory, writes: &[Write]) {
+    for write in writes {
+        match write {
+            Write::Endpoint(id, endpoint) => drop(memory.endpoints.insert(*id, *endpoint)),
+            Write::Slots(first, ids) => memory.slots.extend((*first..).zip(ids.iter().copied())),
+            Write::Service(id, name) => drop(memory.services.insert(*id, **name)),
+            Write::SourceRange(prefix) => drop(memory.source_ranges.insert(*prefix)),
+            Write::LocalCidr(prefix) => drop(memory.local_cidrs.insert(*prefix)),
+            Write::ServiceCidr(prefix) => drop(memory.service_cidrs.insert(*prefix)),
+            Write::FrontendBit(bit) => drop(memory.frontend_bits.insert(*bit)),
+            Write::EndpointBit(bit) => drop(memory.endpoint_bits.insert(*bit)),
+            Write::Frontend(key, frontend) => drop(memory.frontends.insert(*key, *frontend)),
+            Write::NodeAddress(addr, flags) => drop(memory.node_addresses.insert(*addr, *flags)),
+            Write::Device(ifindex, device) => drop(memory.devices.insert(*ifindex, *device)),
+            Write::Settings(settings) => memory.settings = *settings,
+            Write::RemoveService(_)
+            | Write::RemoveSourceRange(_)
+            | Write::RemoveLocalCidr(_)
+            | Write::RemoveServiceCidr(_)
+            | Write::RemoveFrontend(_)
+            | Write::RemoveNodeAddress(_)
+            | Write::RemoveDevice(_) => {}
+        }
+    }
+}
+
+/// The writes that fill one empty table with what memory holds.
+pub fn fill(memory: &Memory, table: Table) -> Vec<Write> {
+    match table {
+        Table::Frontends => memory.frontends.iter().map(|(key, value)| Write::Frontend(*key, *value)).collect(),
+        Table::Slots => memory.slots.iter().map(|(slot, id)| Write::Slots(*slot, vec![*id])).collect(),
+        Table::Endpoints => memory.endpoints.iter().map(|(id, value)| Write::Endpoint(*id, *value)).collect(),
+        Table::Services => memory.services.iter().map(|(id, name)| Write::Service(*id, Box::new(*name))).collect(),
+        Table::SourceRanges => memory.source_ranges.iter().map(|prefix| Write::SourceRange(*prefix)).collect(),
+        Table::LocalCidrs => memory.local_cidrs.iter().map(|prefix| Write::LocalCidr(*prefix)).collect(),
+        Table::ServiceCidrs => memory.service_cidrs.iter().map(|prefix| Write::ServiceCidr(*prefix)).collect(),
+        Table::NodeAddresses => {
+            memory.node_addresses.iter().map(|(addr, flags)| Write::NodeAddress(*addr, *flags)).collect()
+        }
+        Table::Devices => memory.devices.iter().map(|(ifindex, value)| Write::Device(*ifindex, *value)).collect(),
+        Table::Settings => vec![Write::Settings(memory.settings)],
+        Table::FrontendBits => memory.frontend_bits.iter().map(|bit| Write::FrontendBit(*bit)).collect(),
+        Table::EndpointBits => memory.endpoint_bits.iter().map(|bit| Write::EndpointBit(*bit)).collect(),
+    }
+}
