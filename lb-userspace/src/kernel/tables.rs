@@ -157,10 +157,17 @@ impl Store {
             Write::SourceRange(prefix) | Write::LocalCidr(prefix) | Write::ServiceCidr(prefix) => {
                 put(run, prefix, &1_u32);
             }
-            Write::FrontendBit(bit) | Write::EndpointBit(bit) => {
+            Write::FrontendBit(bit)
+            | Write::EndpointBit(bit)
+            | Write::ClearFrontendBit(bit)
+            | Write::ClearEndpointBit(bit) => {
                 let (word, mask) = (bit / 64, 1_u64 << (bit % 64));
                 let shadow = self.words.entry((run.table, word)).or_default();
-                *shadow |= mask;
+                if matches!(write, Write::FrontendBit(_) | Write::EndpointBit(_)) {
+                    *shadow |= mask;
+                } else {
+                    *shadow &= !mask;
+                }
                 if run.keys.ends_with(bytes_of(&[word])) {
                     run.keys.truncate(run.keys.len() - 4);
                     run.values.truncate(run.values.len() - 8);
@@ -284,8 +291,9 @@ const fn place(write: &Write) -> (Table, bool) {
         Write::RemoveService(_) => (Table::Services, true),
         Write::SourceRange(_) => (Table::SourceRanges, false),
         Write::RemoveSourceRange(_) => (Table::SourceRanges, true),
-        Write::FrontendBit(_) => (Table::FrontendBits, false),
-        Write::EndpointBit(_) => (Table::EndpointBits, false),
+        // A bit is written with its whole word, set or cleared.
+        Write::FrontendBit(_) | Write::ClearFrontendBit(_) => (Table::FrontendBits, false),
+        Write::EndpointBit(_) | Write::ClearEndpointBit(_) => (Table::EndpointBits, false),
         Write::Frontend(..) => (Table::Frontends, false),
         Write::RemoveFrontend(_) => (Table::Frontends, true),
         Write::LocalCidr(_) => (Table::LocalCidrs, false),
@@ -302,28 +310,8 @@ const fn place(write: &Write) -> (Table, bool) {
 
 /// Does to memory what the writes add, and nothing of what they remove: the most that the tables must hold meanwhile.
 pub fn add_to(memory: &mut Memory, writes: &[Write]) {
-    for write in writes {
-        match write {
-            Write::Endpoint(id, endpoint) => drop(memory.endpoints.insert(*id, *endpoint)),
-            Write::Slots(first, ids) => memory.slots.extend((*first..).zip(ids.iter().copied())),
-            Write::Service(id, name) => drop(memory.services.insert(*id, **name)),
-            Write::SourceRange(prefix) => drop(memory.source_ranges.insert(*prefix)),
-            Write::LocalCidr(prefix) => drop(memory.local_cidrs.insert(*prefix)),
-            Write::ServiceCidr(prefix) => drop(memory.service_cidrs.insert(*prefix)),
-            Write::FrontendBit(bit) => drop(memory.frontend_bits.insert(*bit)),
-            Write::EndpointBit(bit) => drop(memory.endpoint_bits.insert(*bit)),
-            Write::Frontend(key, frontend) => drop(memory.frontends.insert(*key, *frontend)),
-            Write::NodeAddress(addr, flags) => drop(memory.node_addresses.insert(*addr, *flags)),
-            Write::Device(ifindex, device) => drop(memory.devices.insert(*ifindex, *device)),
-            Write::Settings(settings) => memory.settings = *settings,
-            Write::RemoveService(_)
-            | Write::RemoveSourceRange(_)
-            | Write::RemoveLocalCidr(_)
-            | Write::RemoveServiceCidr(_)
-            | Write::RemoveFrontend(_)
-            | Write::RemoveNodeAddress(_)
-            | Write::RemoveDevice(_) => {}
-        }
+    for write in writes.iter().filter(|write| !place(write).1) {
+        write.apply(memory);
     }
 }
 
