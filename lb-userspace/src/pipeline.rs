@@ -101,6 +101,14 @@ impl Pipeline {
         plan_service(object, &self.model.backends(service), &self.view).0
     }
 
+    /// Begins again with what is in the kernel, after writes may have been lost: the next [`Self::compile`] compares everything.
+    pub fn restart(&mut self, image: Image) {
+        self.image = image;
+        self.planner = Planner::default();
+        let services = self.model.services().map(|(name, _)| name.clone()).collect();
+        self.pending = Affected { services, node: true, service_cidrs: true };
+    }
+
     /// Takes a change in. Its writes come with the next [`Self::compile`].
     pub fn take(&mut self, change: Change) {
         let affected = self.model.apply(change);

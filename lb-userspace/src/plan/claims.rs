@@ -5,6 +5,8 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    fmt,
+    net::IpAddr,
     sync::Arc,
 };
 
@@ -58,6 +60,18 @@ pub struct Conflict {
     pub winner: PortName,
     /// Who claims it in vain.
     pub loser: PortName,
+}
+
+impl fmt::Display for Conflict {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { key, winner, loser } = self;
+        let (addr, port) = (IpAddr::from(key.addr), key.port.number());
+        write!(
+            f,
+            "Service {}: {addr} port {port} is {}'s, which is older; give one of them another",
+            loser.service, winner.service
+        )
+    }
 }
 
 impl Planner {
