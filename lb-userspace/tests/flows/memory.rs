@@ -1,14 +1,11 @@
 //! Every packet of `data/flows.json` through model, plan, image and the function that the kernel runs.
 
-#[path = "common/cases.rs"]
-mod cases;
-
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::SocketAddr,
 };
 
-use cases::{Case, Detector, Expect, Flow};
+use crate::cases::{self, Case, Detector, Expect, Flow};
 use fairlead::{
     image::{Image, Write},
     model::{Change, EndpointSlice, Interner, Kind, Object, SliceState},
