@@ -60,6 +60,11 @@ impl Store {
         self.files.get(path).is_some_and(|file| file.stamp == Some(stamp))
     }
 
+    /// Whether the file has been read, or it is known why it can't be.
+    pub(super) fn knows(&self, path: &Path) -> bool {
+        self.files.contains_key(path)
+    }
+
     /// Files of this folder and of those below it.
     pub(super) fn files_under(&self, folder: &Path) -> impl Iterator<Item = Arc<Path>> {
         let from = self.files.range::<Path, _>((std::ops::Bound::Included(folder), std::ops::Bound::Unbounded));
