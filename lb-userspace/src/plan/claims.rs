@@ -17,13 +17,42 @@ use crate::model::{ObjectName, object::Protocol};
 /// Age and name of a port: the smallest claim of a frontend wins. Objects without a time (manifests) count as oldest.
 type Claim = (Option<Arc<str>>, PortName);
 
+/// A sorted set that nearly always has one element, of which there is one for every frontend: a tree would be ten times as
+/// large.
+#[derive(Debug)]
+struct Few<T>(Vec<T>);
+
+impl<T> Default for Few<T> {
+    fn default() -> Self {
+        Self(Vec::with_capacity(1))
+    }
+}
+
+impl<T: Ord> Few<T> {
+    fn first(&self) -> Option<&T> {
+        self.0.first()
+    }
+
+    fn insert(&mut self, element: T) {
+        if let Err(place) = self.0.binary_search(&element) {
+            self.0.insert(place, element);
+        }
+    }
+
+    fn remove(&mut self, element: &T) {
+        if let Ok(place) = self.0.binary_search(element) {
+            self.0.remove(place);
+        }
+    }
+}
+
 /// The Services' plans, with each frontend given to one of them.
 #[derive(Debug, Default)]
 pub struct Planner {
     services: BTreeMap<ObjectName, Entry>,
     ports: BTreeMap<PortName, PortPlan>,
-    claims: BTreeMap<FrontendKey, BTreeSet<Claim>>,
-    any_port: BTreeMap<Addr, BTreeSet<ObjectName>>,
+    claims: BTreeMap<FrontendKey, Few<Claim>>,
+    any_port: BTreeMap<Addr, Few<ObjectName>>,
 }
 
 #[derive(Debug)]
@@ -129,7 +158,7 @@ impl Planner {
     pub fn port(&self, name: &PortName) -> Option<PortPlan> {
         let mut port = self.ports.get(name)?.clone();
         port.frontends.retain(|frontend| {
-            self.claims.get(&frontend.key).and_then(BTreeSet::first).is_some_and(|(_, winner)| winner == name)
+            self.claims.get(&frontend.key).and_then(Few::first).is_some_and(|(_, winner)| winner == name)
         });
         Some(port)
     }
@@ -162,7 +191,7 @@ impl Planner {
     pub fn conflicts(&self) -> impl Iterator<Item = Conflict> {
         self.claims.iter().flat_map(|(key, claims)| {
             let winner = claims.first();
-            let lost = claims.iter().skip(1);
+            let lost = claims.0.iter().skip(1);
             lost.zip(winner.into_iter().cycle()).map(|((_, loser), (_, winner))| Conflict {
                 key: *key,
                 winner: winner.clone(),
@@ -197,7 +226,7 @@ impl Planner {
 
     fn step(&mut self, touched: BTreeSet<PortName>, addrs: BTreeSet<Addr>) -> Step {
         for addr in &addrs {
-            if self.any_port.get(addr).is_some_and(BTreeSet::is_empty) {
+            if self.any_port.get(addr).is_some_and(|claimants| claimants.0.is_empty()) {
                 self.any_port.remove(addr);
             }
         }
