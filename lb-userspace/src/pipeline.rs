@@ -83,15 +83,18 @@ impl Pipeline {
         &self.view
     }
 
-    /// What can't be used, in the order of the objects.
-    pub fn problems(&self) -> impl Iterator<Item = &Problem> {
-        self.node_problems.iter().chain(self.problems.values().flatten())
+    /// Everything that can't be used now. A walk over all, for whoever wants to see the whole.
+    #[must_use]
+    pub fn problems(&self) -> Vec<Problem> {
+        let stated = self.node_problems.iter().chain(self.problems.values().flatten()).cloned();
+        stated.chain(self.planner.conflicts().map(|conflict| conflict.problem())).collect()
     }
 
-    /// The frontends that a Service claims, but others have.
+    /// What of one Service can't be used now.
     #[must_use]
-    pub fn conflicts(&self, service: &ObjectName) -> Vec<Conflict> {
-        self.planner.conflicts(service)
+    pub fn problems_of(&self, service: &ObjectName) -> Vec<Problem> {
+        let stated = self.problems.get(service).into_iter().flatten().cloned();
+        stated.chain(self.planner.conflicts_of(service).iter().map(Conflict::problem)).collect()
     }
 
     /// What this node would do for a Service if no other claimed its frontends.

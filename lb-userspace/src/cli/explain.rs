@@ -197,7 +197,7 @@ impl Manifests {
         let local = Device { flags: device_flags::LOCAL_SOURCES, ..Device::default() };
         pipeline.image_mut().set_devices(&[(LOCAL_INTERFACE, local), (OTHER_INTERFACE, Device::default())].into());
         pipeline.compile(0);
-        pipeline.problems().for_each(|problem| eprintln!("{problem}"));
+        pipeline.problems().iter().for_each(|problem| eprintln!("{problem}"));
         Ok(Self { memory: pipeline.into_image().into_memory(), detector })
     }
 }
