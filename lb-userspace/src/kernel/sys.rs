@@ -5,7 +5,7 @@
 
 use std::{
     ffi::CString,
-    io, mem,
+    io,
     os::{
         fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
         unix::ffi::OsStrExt as _,
@@ -78,9 +78,8 @@ impl Attr {
     /// Every pointer in the structure must be valid for what the command does with it.
     unsafe fn call(&mut self, command: Command) -> io::Result<i64> {
         // SAFETY: the structure outlives the call and is as large as said; the caller answers for the pointers in it.
-        let result = unsafe {
-            libc::syscall(libc::SYS_bpf, command as u32, ptr::from_mut(&mut self.0), mem::size_of_val(&self.0))
-        };
+        let result =
+            unsafe { libc::syscall(libc::SYS_bpf, command as u32, ptr::from_mut(&mut self.0), size_of_val(&self.0)) };
         if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
     }
 
@@ -99,7 +98,7 @@ impl Attr {
 /// The bytes of values without padding.
 pub fn bytes_of<T: Pod>(values: &[T]) -> &[u8] {
     // SAFETY: `Pod` promises that any byte of a value is initialised, and bytes have no alignment.
-    unsafe { std::slice::from_raw_parts(values.as_ptr().cast(), mem::size_of_val(values)) }
+    unsafe { std::slice::from_raw_parts(values.as_ptr().cast(), size_of_val(values)) }
 }
 
 /// The value that stands in these bytes.

@@ -12,7 +12,11 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
-use lb_common::{layout::Range, memory::Memory};
+use lb_common::{
+    addr::Addr,
+    layout::{Device, Frontend, FrontendKey, NodeAddress, PrefixKey, Range, ServiceName},
+    memory::Memory,
+};
 
 use super::{
     object::{Table, open_table},
@@ -241,7 +245,7 @@ impl Store {
     /// holds them.
     pub fn read(&self) -> Result<Memory> {
         let mut memory = Memory::default();
-        self.each(Table::Frontends, |key, value| drop(memory.frontends.insert(key, value)))?;
+        self.each(Table::Frontends, |key: FrontendKey, value: Frontend| memory.frontends.extend([(key, value)]))?;
         let mut ranges: Vec<Range> =
             memory.frontends.values().flat_map(|frontend| [frontend.internal, frontend.external]).collect();
         ranges.sort_unstable();
@@ -258,12 +262,14 @@ impl Store {
                 memory.endpoints.insert(id, endpoint);
             }
         })?;
-        self.each(Table::Services, |id, name| drop(memory.services.insert(id, name)))?;
-        self.each(Table::SourceRanges, |prefix, _: u32| drop(memory.source_ranges.insert(prefix)))?;
-        self.each(Table::LocalCidrs, |prefix, _: u32| drop(memory.local_cidrs.insert(prefix)))?;
-        self.each(Table::ServiceCidrs, |prefix, _: u32| drop(memory.service_cidrs.insert(prefix)))?;
-        self.each(Table::NodeAddresses, |addr, flags| drop(memory.node_addresses.insert(addr, flags)))?;
-        self.each(Table::Devices, |ifindex, device| drop(memory.devices.insert(ifindex, device)))?;
+        self.each(Table::Services, |id: u32, name: ServiceName| memory.services.extend([(id, name)]))?;
+        self.each(Table::SourceRanges, |prefix: PrefixKey, _: u32| memory.source_ranges.extend([prefix]))?;
+        self.each(Table::LocalCidrs, |prefix: PrefixKey, _: u32| memory.local_cidrs.extend([prefix]))?;
+        self.each(Table::ServiceCidrs, |prefix: PrefixKey, _: u32| memory.service_cidrs.extend([prefix]))?;
+        self.each(Table::NodeAddresses, |addr: Addr, flags: NodeAddress| {
+            memory.node_addresses.extend([(addr, flags)])
+        })?;
+        self.each(Table::Devices, |ifindex: u32, device: Device| memory.devices.extend([(ifindex, device)]))?;
         self.each(Table::Settings, |_: u32, settings| memory.settings = settings)?;
         self.each(Table::FrontendBits, |word, bits| memory.frontend_bits.extend(set_bits(word, bits)))?;
         self.each(Table::EndpointBits, |word, bits| memory.endpoint_bits.extend(set_bits(word, bits)))?;
@@ -304,17 +310,17 @@ const fn place(write: &Write) -> (Table, bool) {
 pub fn add_to(memory: &mut Memory, writes: &[Write]) {
     for write in writes {
         match write {
-            Write::Endpoint(id, endpoint) => drop(memory.endpoints.insert(*id, *endpoint)),
+            Write::Endpoint(id, endpoint) => memory.endpoints.extend([(*id, *endpoint)]),
             Write::Slots(first, ids) => memory.slots.extend((*first..).zip(ids.iter().copied())),
-            Write::Service(id, name) => drop(memory.services.insert(*id, **name)),
-            Write::SourceRange(prefix) => drop(memory.source_ranges.insert(*prefix)),
-            Write::LocalCidr(prefix) => drop(memory.local_cidrs.insert(*prefix)),
-            Write::ServiceCidr(prefix) => drop(memory.service_cidrs.insert(*prefix)),
-            Write::FrontendBit(bit) => drop(memory.frontend_bits.insert(*bit)),
-            Write::EndpointBit(bit) => drop(memory.endpoint_bits.insert(*bit)),
-            Write::Frontend(key, frontend) => drop(memory.frontends.insert(*key, *frontend)),
-            Write::NodeAddress(addr, flags) => drop(memory.node_addresses.insert(*addr, *flags)),
-            Write::Device(ifindex, device) => drop(memory.devices.insert(*ifindex, *device)),
+            Write::Service(id, name) => memory.services.extend([(*id, **name)]),
+            Write::SourceRange(prefix) => memory.source_ranges.extend([*prefix]),
+            Write::LocalCidr(prefix) => memory.local_cidrs.extend([*prefix]),
+            Write::ServiceCidr(prefix) => memory.service_cidrs.extend([*prefix]),
+            Write::FrontendBit(bit) => memory.frontend_bits.extend([*bit]),
+            Write::EndpointBit(bit) => memory.endpoint_bits.extend([*bit]),
+            Write::Frontend(key, frontend) => memory.frontends.extend([(*key, *frontend)]),
+            Write::NodeAddress(addr, flags) => memory.node_addresses.extend([(*addr, *flags)]),
+            Write::Device(ifindex, device) => memory.devices.extend([(*ifindex, *device)]),
             Write::Settings(settings) => memory.settings = *settings,
             Write::RemoveService(_)
             | Write::RemoveSourceRange(_)
