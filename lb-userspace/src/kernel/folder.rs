@@ -131,7 +131,7 @@ pub fn names(dir: &Path) -> Result<Vec<String>> {
 }
 
 fn is_bpffs(path: &Path) -> bool {
-    statfs(path).is_ok_and(|stat| i64::from(stat.f_type) == BPF_FS)
+    statfs(path).is_ok_and(|stat| stat.f_type == BPF_FS)
 }
 
 fn mount_bpffs(root: &Path) -> Result<()> {

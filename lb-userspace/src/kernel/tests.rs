@@ -60,7 +60,7 @@ impl Drop for Lab {
             let _ = Command::new("ip").args(["netns", "delete", name]).status();
         }
         let _ = cleanup::cleanup(&self.bpffs());
-        let _ = unmount(&self.bpffs(), UnmountFlags::DETACH);
+        let _ = unmount(self.bpffs(), UnmountFlags::DETACH);
         let _ = fs::remove_dir(&self.cgroup);
     }
 }

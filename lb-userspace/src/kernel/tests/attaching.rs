@@ -34,8 +34,10 @@ fn ours_is_first_on_the_way_in_and_last_on_the_way_out() {
         drop(other);
         let mut kernel = lab.open();
         kernel.attach_devices(&ports()).unwrap();
-        let before: Vec<_> = kernel.status().unwrap().iter().map(|a| (a.program.clone(), a.before.len())).collect();
-        assert_eq!(before, [("egress".into(), 1), ("ingress".into(), 0)]);
+        let mut status = kernel.status().unwrap().into_iter().map(|a| (a.program, a.before));
+        let (program, before) = status.next().unwrap();
+        assert_eq!((program.as_str(), before.len(), before[0].1.as_str()), ("egress", 1, "egress"));
+        assert_eq!(status.next(), Some(("ingress".into(), Vec::new())));
     });
 }
 
@@ -109,6 +111,30 @@ fn a_qdisc_of_someone_else_stays() {
         cleanup::cleanup(&lab.bpffs()).unwrap();
         assert!(run("tc qdisc show dev d0").contains("clsact"));
         assert!(!run("tc filter show dev d0 ingress").contains("bpf"));
+    });
+}
+
+#[test]
+fn egress_is_behind_the_clsact_filters_of_others() {
+    lab(|lab| {
+        run("ip link add d0 type bridge");
+        run("tc qdisc add dev d0 clsact");
+        run("tc filter add dev d0 egress prio 7 protocol all u32 match u32 0 0 classid 1:1");
+        let mut kernel = lab.open();
+        kernel.attach_devices(&ports()).unwrap();
+        let kinds = |kernel: &Kernel| {
+            kernel.status().unwrap().into_iter().map(|a| (a.program, a.mechanism, a.live)).collect::<Vec<_>>()
+        };
+        let (egress, ingress) = (String::from("egress"), String::from("ingress"));
+        assert_eq!(
+            kinds(&kernel),
+            [(egress.clone(), Some(Mechanism::Clsact), true), (ingress.clone(), Some(Mechanism::Tcx), true)]
+        );
+        run("tc filter delete dev d0 egress prio 7 protocol all u32");
+        drop(kernel);
+        let mut kernel = lab.open();
+        kernel.attach_devices(&ports()).unwrap();
+        assert_eq!(kinds(&kernel), [(egress, Some(Mechanism::Tcx), true), (ingress, Some(Mechanism::Tcx), true)]);
     });
 }
 
