@@ -33,6 +33,14 @@ impl Addr {
         self.words[0] | self.words[1] | (self.words[2] ^ V4_PREFIX) == 0
     }
 
+    /// Whether this is `127.0.0.0/8` or `::1`.
+    #[must_use]
+    #[inline(always)]
+    pub const fn is_loopback(&self) -> bool {
+        let [a, b, c, d] = self.words;
+        if self.is_v4() { u32::from_be(d) >> 24 == 127 } else { a | b | c | (d ^ 1_u32.to_be()) == 0 }
+    }
+
     /// The IPv4 header field; meaningless for IPv6.
     #[must_use]
     #[inline(always)]
@@ -149,6 +157,14 @@ mod tests {
             let addr: IpAddr = text.parse().unwrap();
             assert_eq!(IpAddr::from(Addr::from(addr)), addr);
             assert_eq!(Addr::from(addr).is_v4(), addr.is_ipv4());
+        }
+    }
+
+    #[test]
+    fn loopback_is_told_from_other_addresses() {
+        for text in ["127.0.0.1", "127.255.0.9", "126.0.0.1", "0.0.0.127", "::1", "::", "::2", "1::1", "128.0.0.1"] {
+            let addr: IpAddr = text.parse().unwrap();
+            assert_eq!(Addr::from(addr).is_loopback(), addr.is_loopback(), "{text}");
         }
     }
 }

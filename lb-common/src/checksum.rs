@@ -54,6 +54,13 @@ impl Difference {
         self.word16(old.be, new.be)
     }
 
+    /// Both have happened.
+    #[must_use]
+    #[inline(always)]
+    pub const fn and(self, other: Self) -> Self {
+        Self { sum: self.wsum() as u64 + other.wsum() as u64 }
+    }
+
     /// The sum folded to 32 bits: the kernel's `__wsum`, as `bpf_l4_csum_replace` takes it.
     #[must_use]
     #[inline(always)]

@@ -124,6 +124,10 @@ pub fn classify<T: Tables>(question: &Question, tables: &T) -> Class {
         };
     };
     let Frontend { internal, external, service, flags } = *frontend;
+    // What comes by a device and claims to be for localhost is left to the stack, which drops it (CVE-2020-8558).
+    if flags & frontend_flags::NODE_PORT != 0 && !from_node && dst.is_loopback() {
+        return Class::Pass(Reason::NotForHost);
+    }
     if flags & frontend_flags::ANY_PORT != 0 {
         return Class::Reject(Reason::UnknownPort);
     }

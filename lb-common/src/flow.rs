@@ -13,7 +13,7 @@
 
 use crate::{
     addr::{Addr, Port},
-    layout::{Endpoint, endpoint_flags, protocol},
+    layout::protocol,
 };
 
 /// Which leg of a connection an entry is found by.
@@ -94,6 +94,9 @@ pub struct Flow {
     pub service: u32,
     /// When a packet was last noticed, in the programs' seconds.
     pub seen: u32,
+    /// The bridge that requests are handed to by `bpf_redirect_neigh`, or 0: both ends are ports of it, and answers
+    /// don't pass the host's stack either.
+    pub bridge: u32,
 }
 
 /// Bits of [`Flow::state`].
@@ -140,6 +143,26 @@ pub const IDLE_TCP_CLOSING: u32 = 60;
 pub const CARE_INTERVAL: u32 = 8;
 
 impl Flow {
+    /// No connection.
+    pub const NONE: Self = Self {
+        client: Addr::UNSPECIFIED_V6,
+        frontend: Addr::UNSPECIFIED_V6,
+        endpoint: Addr::UNSPECIFIED_V6,
+        node: Addr::UNSPECIFIED_V6,
+        client_port: Port::ZERO,
+        frontend_port: Port::ZERO,
+        endpoint_port: Port::ZERO,
+        forwarded_port: Port::ZERO,
+        node_port: Port::ZERO,
+        state: 0,
+        flags: 0,
+        endpoint_id: 0,
+        generation: 0,
+        service: 0,
+        seen: 0,
+        bridge: 0,
+    };
+
     /// Whether so much time has passed that the connection is over.
     #[must_use]
     #[inline(always)]
@@ -151,13 +174,6 @@ impl Flow {
             (_, _, false) => IDLE_UDP,
         };
         now.wrapping_sub(self.seen) > limit
-    }
-
-    /// Whether the endpoint with the flow's id is still the flow's, and still serves.
-    #[must_use]
-    #[inline(always)]
-    pub const fn is_served_by(&self, endpoint: &Endpoint) -> bool {
-        endpoint.generation == self.generation && endpoint.flags & endpoint_flags::SERVING != 0
     }
 
     /// Notes the flags of a TCP packet. Answers whether it is the first sign that this side ends the connection.
@@ -224,7 +240,7 @@ pub struct FragmentPorts {
 
 const _: () = {
     assert!(size_of::<FlowKey>() == 40);
-    assert!(size_of::<Flow>() == 92);
+    assert!(size_of::<Flow>() == 96);
     assert!(size_of::<FragmentKey>() == 40);
     assert!(size_of::<FragmentPorts>() == 4);
 };

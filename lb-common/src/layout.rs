@@ -117,6 +117,15 @@ pub struct Endpoint {
     pub generation: u32,
 }
 
+impl Endpoint {
+    /// Whether the id still stands for the endpoint of this generation, and it serves.
+    #[must_use]
+    #[inline(always)]
+    pub const fn serves(&self, generation: u32) -> bool {
+        self.generation == generation && self.flags & endpoint_flags::SERVING != 0
+    }
+}
+
 /// Bits of [`Endpoint::flags`].
 pub mod endpoint_flags {
     /// Serving in some slice of the Service: flows stay with it, whether or not new ones may choose it.
@@ -205,22 +214,25 @@ pub mod settings_flags {
     pub const LEAVE_MID_FLOW: u32 = 1 << 0;
 }
 
-/// A network as address and mask. The default (mask 0, a network that no address has) holds nothing.
+/// A network as address and mask. The default holds nothing; [`Cover::EVERYTHING`] is the network of length 0.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Cover {
     /// The network's address.
     pub network: Addr,
-    /// Its mask; all zero: nothing is covered.
+    /// Its mask.
     pub mask: Addr,
 }
 
 impl Cover {
+    /// Every address: what two networks without a common bit are covered by. Told from nothing by a network address.
+    pub const EVERYTHING: Self = Self { network: Addr { words: [1, 0, 0, 0] }, mask: Addr::UNSPECIFIED_V6 };
+
     /// Whether the network holds the address.
     #[must_use]
     #[inline(always)]
     pub const fn holds(&self, addr: &Addr) -> bool {
-        self.mask.words[0] != 0 && addr.within(&self.network, &self.mask)
+        self.mask.words[0] | self.network.words[0] != 0 && addr.within(&self.network, &self.mask)
     }
 }
 

@@ -12,9 +12,15 @@ pub mod addr;
 pub mod checksum;
 pub mod decide;
 pub mod flow;
+pub mod hash;
+pub mod icmp;
 pub mod layout;
 pub mod packet;
+pub mod parse;
+pub mod path;
 pub mod reason;
+pub mod refuse;
+pub mod rewrite;
 pub mod socket;
 pub mod tables;
 

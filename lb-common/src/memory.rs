@@ -5,10 +5,12 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use crate::{
     addr::{Addr, Port},
+    flow::{Flow, FlowKey, FragmentKey, FragmentPorts},
     layout::{
-        Device, Endpoint, Frontend, FrontendKey, NodeAddress, PrefixKey, ServiceName, Settings, bit_index, device_flags,
+        Device, Endpoint, Frontend, FrontendKey, NodeAddress, PrefixKey, ServiceName, Settings, bit_index,
+        device_flags, settings_flags,
     },
-    tables::Tables,
+    tables::{State, Tables},
 };
 
 /// Every table that the agent writes. Bits are kept as sets of indices.
@@ -44,7 +46,7 @@ pub struct Memory {
 fn holds(prefixes: &BTreeSet<PrefixKey>, service: u32, addr: &Addr) -> bool {
     let bits = |addr: &Addr| addr.words.iter().fold(0, |bits, word| bits << 32 | u128::from(u32::from_be(*word)));
     prefixes.iter().filter(|prefix| prefix.service == service).any(|prefix| {
-        let free = 160 - prefix.prefix_len;
+        let free = 160_u32.saturating_sub(prefix.prefix_len);
         (bits(addr) ^ bits(&prefix.addr)).checked_shr(free).unwrap_or(0) == 0
     })
 }
@@ -86,5 +88,112 @@ impl Tables for Memory {
     fn in_service_cidr(&self, addr: &Addr) -> bool {
         let Settings { cidrs_v4, cidrs_v6, .. } = self.settings;
         (cidrs_v4.holds(addr) || cidrs_v6.holds(addr)) && holds(&self.service_cidrs, 0, addr)
+    }
+}
+
+/// [`Memory`] and what the programs remember: a whole machine for tests and simulations. Its tables are never full, and its
+/// clock is set by hand.
+#[derive(Clone, Debug, Default)]
+pub struct Machine {
+    /// What the agent has written.
+    pub tables: Memory,
+    /// Connections, and whether they are confirmed.
+    pub flows: BTreeMap<FlowKey, (Flow, bool)>,
+    /// Fragmented packets.
+    pub fragments: BTreeMap<FragmentKey, FragmentPorts>,
+    /// The time in seconds.
+    pub now: u32,
+}
+
+/// Ports that a [`Machine`] masquerades with: the first, and how many.
+pub const MACHINE_PORTS: (u16, u16) = (61000, 4096);
+
+impl Tables for Machine {
+    fn may_be_frontend(&self, addr: &Addr, port: Port) -> bool {
+        self.tables.may_be_frontend(addr, port)
+    }
+
+    fn may_be_endpoint(&self, addr: &Addr, port: Port) -> bool {
+        self.tables.may_be_endpoint(addr, port)
+    }
+
+    fn frontend(&self, key: &FrontendKey) -> Option<&Frontend> {
+        self.tables.frontend(key)
+    }
+
+    fn slot(&self, index: u32) -> Option<u32> {
+        self.tables.slot(index)
+    }
+
+    fn endpoint(&self, id: u32) -> Option<&Endpoint> {
+        self.tables.endpoint(id)
+    }
+
+    fn node_address(&self, addr: &Addr) -> NodeAddress {
+        self.tables.node_address(addr)
+    }
+
+    fn is_local_source(&self, addr: &Addr, device: u32) -> bool {
+        self.tables.is_local_source(addr, device)
+    }
+
+    fn in_source_ranges(&self, service: u32, addr: &Addr) -> bool {
+        self.tables.in_source_ranges(service, addr)
+    }
+
+    fn in_service_cidr(&self, addr: &Addr) -> bool {
+        self.tables.in_service_cidr(addr)
+    }
+}
+
+impl State for Machine {
+    fn now(&self) -> u32 {
+        self.now
+    }
+
+    fn flow(&mut self, key: &FlowKey) -> Option<&mut Flow> {
+        self.flows.get_mut(key).map(|(flow, _)| flow)
+    }
+
+    fn insert_flow(&mut self, key: &FlowKey, flow: &Flow) -> bool {
+        self.flows.insert(*key, (*flow, false));
+        true
+    }
+
+    fn confirm_flow(&mut self, key: &FlowKey, flow: &Flow) {
+        self.flows.insert(*key, (*flow, true));
+    }
+
+    fn remove_flow(&mut self, key: &FlowKey) {
+        self.flows.remove(key);
+    }
+
+    fn fragment(&self, key: &FragmentKey) -> Option<FragmentPorts> {
+        self.fragments.get(key).copied()
+    }
+
+    fn insert_fragment(&mut self, key: &FragmentKey, ports: &FragmentPorts) {
+        self.fragments.insert(*key, *ports);
+    }
+
+    fn device(&self, ifindex: u32) -> Option<&Device> {
+        self.tables.devices.get(&ifindex)
+    }
+
+    /// A machine has no routes, and hands nothing to bridges.
+    fn bridge_between(&self, _: u32, _: &Addr) -> u32 {
+        0
+    }
+
+    fn masquerade_ports(&self) -> (u16, u16) {
+        MACHINE_PORTS
+    }
+
+    fn leaves_mid_flow(&self) -> bool {
+        self.tables.settings.flags & settings_flags::LEAVE_MID_FLOW != 0
+    }
+
+    fn may_refuse(&mut self) -> bool {
+        true
     }
 }

@@ -1,7 +1,20 @@
 //! Why a packet met its fate: the verdict's cause, the counter's index and the metric's label are one thing.
 
+/// What happens to a packet, in a word.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Verdict {
+    /// It is not ours, and goes on as it is.
+    Pass,
+    /// It is ours, and goes on with another address.
+    Translate,
+    /// It is refused at once.
+    Refuse,
+    /// It ends here, in silence.
+    Drop,
+}
+
 macro_rules! reasons {
-    ($($(#[$doc:meta])* $name:ident = $label:literal,)*) => {
+    ($($(#[$doc:meta])* $verdict:ident $name:ident = $label:literal,)*) => {
         /// The cause of a verdict.
         #[repr(u32)]
         #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -16,57 +29,66 @@ macro_rules! reasons {
             pub const fn as_str(self) -> &'static str {
                 match self { $(Self::$name => $label,)* }
             }
+
+            /// What it is the cause of.
+            #[must_use]
+            #[inline(always)]
+            pub const fn verdict(self) -> Verdict {
+                match self { $(Self::$name => Verdict::$verdict,)* }
+            }
         }
     };
 }
 
 reasons! {
-    /// Passed: no frontend, no flow of ours.
-    NotService = "not_service",
-    /// Passed: not for this host (multicast, broadcast, another host's frame), or not IP.
-    NotForHost = "not_for_host",
-    /// Passed: headers that can't be read.
-    Unreadable = "unreadable",
-    /// Passed: the middle of a connection of which nothing is known, to an address that others use too.
-    MidFlowForeign = "mid_flow_foreign",
-    /// Translated: a new connection.
-    NewFlow = "new_flow",
-    /// Translated: a packet of a known connection.
-    Established = "established",
-    /// Translated: the middle of a connection that was forgotten, to the endpoint that the table names.
-    MidFlow = "mid_flow",
-    /// Translated: an answer, its source became the frontend again.
-    Reply = "reply",
-    /// Translated: a request, its source became the node's.
-    Masqueraded = "masqueraded",
-    /// Translated: an answer to a masqueraded request, its destination became the client again.
-    MasqueradeReply = "masquerade_reply",
-    /// Translated: an ICMP error about a connection of ours.
-    IcmpError = "icmp_error",
-    /// Refused: no endpoint anywhere.
-    NoEndpoints = "no_endpoints",
-    /// Refused: a ClusterIP has no such port.
-    UnknownPort = "unknown_port",
-    /// Dropped: policy Local, and all endpoints are elsewhere.
-    NoLocalEndpoints = "no_local_endpoints",
-    /// Dropped: the source is in none of the Service's source ranges.
-    SourceRange = "source_range",
-    /// Dropped: an address of a ServiceCIDR that no Service has.
-    Unallocated = "unallocated",
-    /// Dropped: the middle of a forgotten connection to a frontend that has no endpoints.
-    MidFlowNoEndpoints = "mid_flow_no_endpoints",
-    /// Dropped: the flow table took no new entry.
-    FlowTableFull = "flow_table_full",
-    /// Dropped: no free port to masquerade with.
-    NoMasqueradePort = "no_masquerade_port",
-    /// Dropped: no address to masquerade with on the device.
-    NoMasqueradeAddress = "no_masquerade_address",
-    /// Dropped: a later fragment whose first was never seen.
-    FragmentWithoutFirst = "fragment_without_first",
-    /// Dropped: an ICMP redirect about a translated connection.
-    IcmpRedirect = "icmp_redirect",
-    /// Dropped: the headers could not be written, or a table that the agent writes is inconsistent.
-    Internal = "internal",
+    /// No frontend, no flow of ours.
+    Pass NotService = "not_service",
+    /// Not for this host (multicast, broadcast, another host's frame), or not IP.
+    Pass NotForHost = "not_for_host",
+    /// Headers that can't be read.
+    Pass Unreadable = "unreadable",
+    /// The middle of a connection of which nothing is known, to an address that others use too.
+    Pass MidFlowForeign = "mid_flow_foreign",
+    /// A new connection.
+    Translate NewFlow = "new_flow",
+    /// A packet of a known connection.
+    Translate Established = "established",
+    /// The middle of a connection that was forgotten, to the endpoint that the table names.
+    Translate MidFlow = "mid_flow",
+    /// An answer, its source became the frontend again.
+    Translate Reply = "reply",
+    /// A request, its source became the node's.
+    Translate Masqueraded = "masqueraded",
+    /// An answer to a masqueraded request, its destination became the client again.
+    Translate MasqueradeReply = "masquerade_reply",
+    /// An ICMP error about a connection of ours.
+    Translate IcmpError = "icmp_error",
+    /// No endpoint anywhere.
+    Refuse NoEndpoints = "no_endpoints",
+    /// A ClusterIP has no such port.
+    Refuse UnknownPort = "unknown_port",
+    /// Policy Local, and all endpoints are elsewhere.
+    Drop NoLocalEndpoints = "no_local_endpoints",
+    /// The source is in none of the Service's source ranges.
+    Drop SourceRange = "source_range",
+    /// An address of a ServiceCIDR that no Service has.
+    Drop Unallocated = "unallocated",
+    /// The middle of a forgotten connection to a frontend that has no endpoints.
+    Drop MidFlowNoEndpoints = "mid_flow_no_endpoints",
+    /// The flow table took no new entry.
+    Drop FlowTableFull = "flow_table_full",
+    /// No free port to masquerade with.
+    Drop NoMasqueradePort = "no_masquerade_port",
+    /// No address to masquerade with on the device.
+    Drop NoMasqueradeAddress = "no_masquerade_address",
+    /// A later fragment whose first was never seen.
+    Drop FragmentWithoutFirst = "fragment_without_first",
+    /// More refusals than the limit allows.
+    Drop RefusalLimit = "refusal_limit",
+    /// An ICMP redirect about a translated connection.
+    Drop IcmpRedirect = "icmp_redirect",
+    /// The headers could not be written, or a table that the agent writes is inconsistent.
+    Drop Internal = "internal",
 }
 
 /// How many reasons there are.

@@ -5,7 +5,8 @@
 
 use crate::{
     addr::{Addr, Port},
-    layout::{Endpoint, Frontend, FrontendKey, NodeAddress},
+    flow::{Flow, FlowKey, FragmentKey, FragmentPorts},
+    layout::{Device, Endpoint, Frontend, FrontendKey, NodeAddress},
 };
 
 /// Tables that [`crate::decide`] reads.
@@ -28,4 +29,33 @@ pub trait Tables {
     fn in_source_ranges(&self, service: u32, addr: &Addr) -> bool;
     /// Whether the address is in a ServiceCIDR.
     fn in_service_cidr(&self, addr: &Addr) -> bool;
+}
+
+/// What the programs remember, beside the [`Tables`] that they are given.
+pub trait State: Tables {
+    /// Seconds since some moment; wraps around.
+    fn now(&self) -> u32;
+    /// The entry with this key, confirmed or not.
+    fn flow(&mut self, key: &FlowKey) -> Option<&mut Flow>;
+    /// Makes an entry that is not confirmed, in place of any that there is. False: the table took none.
+    fn insert_flow(&mut self, key: &FlowKey, flow: &Flow) -> bool;
+    /// Moves an entry to where a flood of new ones can't evict it.
+    fn confirm_flow(&mut self, key: &FlowKey, flow: &Flow);
+    /// Forgets an entry.
+    fn remove_flow(&mut self, key: &FlowKey);
+    /// The ports of a fragmented packet whose first fragment was seen.
+    fn fragment(&self, key: &FragmentKey) -> Option<FragmentPorts>;
+    /// Remembers the ports of a first fragment.
+    fn insert_fragment(&mut self, key: &FragmentKey, ports: &FragmentPorts);
+    /// What the agent said about a device.
+    fn device(&self, ifindex: u32) -> Option<&Device>;
+    /// The bridge to hand a request to: where it entered by a port of that bridge, its endpoint is routed to the same
+    /// bridge, and answers won't pass the host's stack. Else 0.
+    fn bridge_between(&self, ifindex: u32, endpoint: &Addr) -> u32;
+    /// First port and number of ports that masquerading may take.
+    fn masquerade_ports(&self) -> (u16, u16);
+    /// Whether packets in the middle of an unknown connection are left to the host's stack.
+    fn leaves_mid_flow(&self) -> bool;
+    /// Whether one more refusal is within the limit.
+    fn may_refuse(&mut self) -> bool;
 }

@@ -6,7 +6,13 @@
 #[cfg(target_arch = "bpf")]
 mod maps;
 #[cfg(target_arch = "bpf")]
-mod programs;
+mod skb;
+#[cfg(target_arch = "bpf")]
+mod socket;
+#[cfg(target_arch = "bpf")]
+mod state;
+#[cfg(target_arch = "bpf")]
+mod tc;
 
 #[cfg(not(target_arch = "bpf"))]
 fn main() {}

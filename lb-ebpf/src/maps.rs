@@ -10,6 +10,7 @@ use lb_common::{
     addr::Addr,
     flow::{Flow, FlowKey, FragmentKey, FragmentPorts},
     layout::{BIT_WORDS, Device, Endpoint, Frontend, FrontendKey, NodeAddress, Settings},
+    path::Scratch,
     reason::REASONS,
     socket::Pairs,
 };
@@ -53,6 +54,12 @@ pub static FRAGMENTS: LruHashMap<FragmentKey, FragmentPorts, 4096> = LruHashMap:
 /// By [`lb_common::reason::Reason`].
 #[btf_map]
 pub static COUNTERS: PerCpuArray<u64, REASONS> = PerCpuArray::new();
+/// Memory to work in.
+#[btf_map]
+pub static SCRATCH: PerCpuArray<Scratch, 1> = PerCpuArray::new();
+/// Second and count of refusals within it.
+#[btf_map]
+pub static REFUSALS: PerCpuArray<[u32; 2], 1> = PerCpuArray::new();
 /// What sockets of the node have been told; dies with the socket.
 #[btf_map]
 pub static SOCKETS: SkStorage<Pairs> = SkStorage::new();

@@ -5,8 +5,10 @@
 
 pub mod agent;
 pub mod cli;
+pub mod config;
 pub mod image;
 pub mod kernel;
 pub mod model;
+pub mod pipeline;
 pub mod plan;
 pub mod source;

@@ -1,1 +1,7 @@
-fn main() {}
+//! The binary `fairlead`.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    fairlead::cli::main()
+}

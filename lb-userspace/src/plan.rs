@@ -2,12 +2,21 @@
 //!
 //! In: a Service, its [`Backend`]s, the [`NodeView`]. Out: a [`ServicePlan`]. Pure: no I/O, no clock, no logging.
 
+pub mod address;
+pub mod claims;
+pub mod node;
+mod service;
+pub mod topology;
+
 use std::{collections::BTreeSet, fmt, net::IpAddr, sync::Arc};
 
 use ipnet::IpNet;
 use lb_common::{addr::Addr, layout::FrontendKey};
 
 use crate::model::{ObjectName, object::Protocol};
+
+pub use claims::{Conflict, Planner, Step};
+pub use service::plan_service;
 
 /// An endpoint of a Service as the model knows it, for one Service port.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -43,12 +52,29 @@ pub struct NodeView {
     pub zone: Option<String>,
     /// The node's primary addresses (status InternalIP, then ExternalIP), one a family at most.
     pub primary: Vec<IpAddr>,
-    /// Whether a local detector is configured (`detectLocalMode`), which makes rule M2 apply.
-    pub detects_local: bool,
+    /// Families in which a local detector is configured (`detectLocalMode`), which makes rule M2 apply.
+    pub detects_local: Detected,
     /// `masqueradeAll` (M1).
     pub masquerade_all: bool,
     /// `--preserve-client-ip`.
     pub preserve_client_ip: bool,
+}
+
+/// Families in which local sources can be told from others.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Detected {
+    /// IPv4.
+    pub v4: bool,
+    /// IPv6.
+    pub v6: bool,
+}
+
+impl Detected {
+    /// Whether this holds for the family of an address.
+    #[must_use]
+    pub const fn of(self, addr: &IpAddr) -> bool {
+        if addr.is_ipv4() { self.v4 } else { self.v6 }
+    }
 }
 
 /// A Service port: what one id in the kernel stands for.
@@ -76,6 +102,8 @@ pub struct ServicePlan {
     pub ports: Vec<PortPlan>,
     /// ClusterIPs of which every other port is refused.
     pub any_port: Vec<Addr>,
+    /// Distinct addresses of ready endpoints on this node: what health checks of load balancers report.
+    pub local_ready: usize,
 }
 
 /// What this node does for one Service port.
@@ -113,4 +141,24 @@ pub struct PlannedFrontend {
     pub external: Arc<[u32]>,
     /// Bits of [`lb_common::layout::frontend_flags`].
     pub flags: u32,
+}
+
+/// Something in an object that can't be used. The rest of the object is.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Problem {
+    /// Kind and name of the object.
+    pub object: String,
+    /// The field, as a path within the object.
+    pub field: String,
+    /// What is wrong with it.
+    pub message: String,
+    /// What to do about it.
+    pub remedy: String,
+}
+
+impl fmt::Display for Problem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { object, field, message, remedy } = self;
+        write!(f, "{object}: {field}: {message}; {remedy}")
+    }
 }

@@ -1,1 +1,23 @@
-//! x
+//! The test laboratory: small clusters in network namespaces, real sockets in them, agents under test beside them.
+//!
+//! In: a topology (`Topology`), manifests, an agent binary. Out: a [`Lab`] whose clients and servers use the kernel's own stack.
+//! Never here: a link between these namespaces and an interface of the machine, and any knowledge of how the agent works inside.
+
+pub mod agent;
+pub mod cgroup;
+pub mod command;
+pub mod folder;
+pub mod lab;
+pub mod manifest;
+pub mod netns;
+pub mod residue;
+pub mod scale;
+pub mod topology;
+pub mod traffic;
+
+pub use self::agent::Agent;
+pub use self::lab::{Lab, Node, Pod};
+pub use self::netns::Netns;
+pub use self::topology::{Topology, Wiring};
+pub use self::traffic::client::{Answer, Client, Protocol};
+pub use self::traffic::server::Server;

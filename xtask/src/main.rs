@@ -1,1 +1,53 @@
-fn main() {}
+//! Set-up, demonstration, tests and checks of the project: one file a subcommand, here only their names.
+
+mod check;
+mod demo;
+mod interrupt;
+mod process;
+mod scale;
+mod setup;
+mod test;
+mod workspace;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Everything that is done with this repository; each command does the set-up that it needs by itself.
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask", version, arg_required_else_help = true)]
+struct Arguments {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Show the agent at work in a small cluster of network namespaces (root; under a minute after the build)
+    Demo(demo::Options),
+    /// Run every test of the project and end with `N passed, N failed` (root)
+    Test(test::Options),
+    /// Check format, lints and the eBPF object
+    Check(check::Options),
+    /// Install what building and testing need and isn't there; asks nothing
+    Setup(setup::Options),
+    /// Write a folder of manifests with many Services
+    Scale(scale::Options),
+}
+
+fn main() -> ExitCode {
+    let result = match Arguments::parse().task {
+        Task::Demo(options) => demo::run(&options),
+        Task::Test(options) => test::run(&options),
+        Task::Check(options) => check::run(&options),
+        Task::Setup(options) => setup::run(&options),
+        Task::Scale(options) => scale::run(&options),
+    };
+    match result {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,9 +1,18 @@
 //! Kubernetes objects with the fields that kube-proxy reads (and, for Pods, that the EndpointSlice controller reads), and no
 //! others. Field names and meanings are the API's.
 
-use std::{collections::BTreeMap, fmt, sync::Arc};
+use std::{fmt, sync::Arc};
 
 use serde::Deserialize;
+
+use super::{intern::Interner, labels::Labels};
+
+/// The label that gives a Service to another proxy; its presence counts, with any value.
+pub const SERVICE_PROXY_NAME: &str = "service.kubernetes.io/service-proxy-name";
+/// The label that hides Services and EndpointSlices without a ClusterIP; its presence counts, with any value.
+pub const HEADLESS: &str = "service.kubernetes.io/headless";
+/// The label that names the Service of an EndpointSlice.
+pub const SERVICE_NAME: &str = "kubernetes.io/service-name";
 
 /// `namespace/name`; the namespace is empty for objects without one.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -29,16 +38,18 @@ impl fmt::Display for ObjectName {
 }
 
 /// What all objects have.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Deserialize)]
 #[serde(default, rename_all = "camelCase")]
 pub struct Metadata {
     /// The name.
+    #[serde(deserialize_with = "nullable")]
     pub name: String,
     /// The namespace; empty stands for `default` in kinds that have one.
+    #[serde(deserialize_with = "nullable")]
     pub namespace: String,
     /// Labels.
     #[serde(deserialize_with = "nullable")]
-    pub labels: BTreeMap<String, String>,
+    pub labels: Labels,
     /// RFC 3339; compares as text.
     pub creation_timestamp: Option<String>,
     /// Set while the object is being deleted.
@@ -50,6 +61,12 @@ impl Metadata {
     #[must_use]
     pub fn namespaced(&self) -> ObjectName {
         ObjectName::new(if self.namespace.is_empty() { "default" } else { &self.namespace }, &self.name)
+    }
+
+    /// The name of an object that lives in no namespace.
+    #[must_use]
+    pub fn cluster_wide(&self) -> ObjectName {
+        ObjectName::new("", &self.name)
     }
 }
 
@@ -100,23 +117,47 @@ impl fmt::Display for Protocol {
 }
 
 /// A Service.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Deserialize)]
 #[serde(default)]
 pub struct Service {
     /// Name, labels, age.
+    #[serde(deserialize_with = "nullable")]
     pub metadata: Metadata,
     /// What the user asked for.
+    #[serde(deserialize_with = "nullable")]
     pub spec: ServiceSpec,
     /// What the cloud gave.
+    #[serde(deserialize_with = "nullable")]
     pub status: ServiceStatus,
 }
 
+impl Service {
+    /// Whether a label tells kube-proxy, and therefore us, to leave the Service alone.
+    #[must_use]
+    pub fn is_hidden(&self) -> bool {
+        self.metadata.labels.contains_key(SERVICE_PROXY_NAME) || self.metadata.labels.contains_key(HEADLESS)
+    }
+
+    /// Lets go of labels that nobody reads and of spare memory: ten thousand Services are kept.
+    pub fn shrink(&mut self, interner: &mut Interner) {
+        let labels = self.metadata.labels.only(&[SERVICE_PROXY_NAME, HEADLESS]);
+        self.metadata.labels = interner.labels(&labels);
+        self.spec.selector = interner.labels(&self.spec.selector);
+        self.spec.cluster_ips.shrink_to_fit();
+        self.spec.ip_families.shrink_to_fit();
+        self.spec.ports.shrink_to_fit();
+        self.spec.external_ips.shrink_to_fit();
+        self.spec.load_balancer_source_ranges.shrink_to_fit();
+        self.status.load_balancer.ingress.shrink_to_fit();
+    }
+}
+
 /// `spec` of a Service.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Deserialize)]
 #[serde(default, rename_all = "camelCase")]
 pub struct ServiceSpec {
     /// Kind of Service.
-    #[serde(rename = "type")]
+    #[serde(rename = "type", deserialize_with = "nullable")]
     pub type_: ServiceType,
     /// The first ClusterIP, `None` for headless Services.
     #[serde(rename = "clusterIP")]
@@ -132,7 +173,7 @@ pub struct ServiceSpec {
     pub ports: Vec<ServicePort>,
     /// Labels that the Service's Pods have; empty: endpoints are made by hand.
     #[serde(deserialize_with = "nullable")]
-    pub selector: BTreeMap<String, String>,
+    pub selector: Labels,
     /// Addresses that the user routes to the nodes.
     #[serde(rename = "externalIPs", deserialize_with = "nullable")]
     pub external_ips: Vec<String>,
@@ -140,23 +181,28 @@ pub struct ServiceSpec {
     #[serde(deserialize_with = "nullable")]
     pub load_balancer_source_ranges: Vec<String>,
     /// `Local`: clients inside reach endpoints of their own node only.
+    #[serde(deserialize_with = "nullable")]
     pub internal_traffic_policy: TrafficPolicy,
     /// `Local`: clients outside reach endpoints of the node that they came to only.
+    #[serde(deserialize_with = "nullable")]
     pub external_traffic_policy: TrafficPolicy,
     /// `ClientIP`: a client stays with its endpoint.
+    #[serde(deserialize_with = "nullable")]
     pub session_affinity: SessionAffinity,
     /// Details of the affinity.
     pub session_affinity_config: Option<SessionAffinityConfig>,
     /// Where load balancers ask whether this node has endpoints.
+    #[serde(deserialize_with = "nullable")]
     pub health_check_node_port: u16,
     /// Endpoints count as ready from the start.
+    #[serde(deserialize_with = "nullable")]
     pub publish_not_ready_addresses: bool,
     /// The name that an ExternalName Service stands for.
     pub external_name: Option<String>,
 }
 
 /// `spec.type`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Deserialize)]
 pub enum ServiceType {
     /// Reachable inside the cluster.
     #[default]
@@ -183,7 +229,7 @@ impl ServiceType {
 }
 
 /// Whether traffic stays on its node.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Deserialize)]
 pub enum TrafficPolicy {
     /// All endpoints.
     #[default]
@@ -193,7 +239,7 @@ pub enum TrafficPolicy {
 }
 
 /// `spec.sessionAffinity`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Deserialize)]
 pub enum SessionAffinity {
     /// Every connection is chosen anew.
     #[default]
@@ -203,7 +249,7 @@ pub enum SessionAffinity {
 }
 
 /// `spec.sessionAffinityConfig`.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Deserialize)]
 #[serde(default, rename_all = "camelCase")]
 pub struct SessionAffinityConfig {
     /// Details of `ClientIP`.
@@ -212,7 +258,7 @@ pub struct SessionAffinityConfig {
 }
 
 /// `spec.sessionAffinityConfig.clientIP`.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Deserialize)]
 #[serde(default, rename_all = "camelCase")]
 pub struct ClientIpConfig {
     /// Seconds after the last new connection; 10800 where nothing is said.
@@ -220,23 +266,27 @@ pub struct ClientIpConfig {
 }
 
 /// A port of a Service.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Deserialize)]
 #[serde(default, rename_all = "camelCase")]
 pub struct ServicePort {
     /// Its name; may be empty if there is only one.
+    #[serde(deserialize_with = "nullable")]
     pub name: String,
     /// Its protocol.
+    #[serde(deserialize_with = "nullable")]
     pub protocol: Protocol,
     /// The port of the ClusterIP.
+    #[serde(deserialize_with = "nullable")]
     pub port: u16,
     /// The port of the nodes, or 0.
+    #[serde(deserialize_with = "nullable")]
     pub node_port: u16,
     /// The port of the Pods; matters only where endpoints are made from Pods.
     pub target_port: Option<PortRef>,
 }
 
 /// A port by number or by a container port's name.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Deserialize)]
 #[serde(untagged)]
 pub enum PortRef {
     /// The number.
@@ -246,15 +296,16 @@ pub enum PortRef {
 }
 
 /// `status` of a Service.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Deserialize)]
 #[serde(default, rename_all = "camelCase")]
 pub struct ServiceStatus {
     /// The load balancer.
+    #[serde(deserialize_with = "nullable")]
     pub load_balancer: LoadBalancerStatus,
 }
 
 /// `status.loadBalancer`.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Deserialize)]
 #[serde(default)]
 pub struct LoadBalancerStatus {
     /// Its addresses.
@@ -263,7 +314,7 @@ pub struct LoadBalancerStatus {
 }
 
 /// One address of the load balancer.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Deserialize)]
 #[serde(default, rename_all = "camelCase")]
 pub struct LoadBalancerIngress {
     /// The address; absent if the load balancer has only a name.
@@ -277,8 +328,10 @@ pub struct LoadBalancerIngress {
 #[serde(default, rename_all = "camelCase")]
 pub struct EndpointSlice {
     /// Name, and the label that names the Service.
+    #[serde(deserialize_with = "nullable")]
     pub metadata: Metadata,
     /// `IPv4`, `IPv6`, `FQDN`.
+    #[serde(deserialize_with = "nullable")]
     pub address_type: String,
     /// Endpoints.
     #[serde(deserialize_with = "nullable")]
@@ -333,6 +386,7 @@ pub struct EndpointHints {
 #[serde(default)]
 pub struct Hint {
     /// The name.
+    #[serde(deserialize_with = "nullable")]
     pub name: String,
 }
 
@@ -353,10 +407,13 @@ pub struct SlicePort {
 #[serde(default)]
 pub struct Pod {
     /// Name, labels, whether it is being deleted.
+    #[serde(deserialize_with = "nullable")]
     pub metadata: Metadata,
     /// Containers and node.
+    #[serde(deserialize_with = "nullable")]
     pub spec: PodSpec,
     /// Phase, conditions and addresses.
+    #[serde(deserialize_with = "nullable")]
     pub status: PodStatus,
 }
 
@@ -367,6 +424,7 @@ pub struct PodSpec {
     /// Where it runs.
     pub node_name: Option<String>,
     /// Whether it uses the node's own network.
+    #[serde(deserialize_with = "nullable")]
     pub host_network: bool,
     /// Containers.
     #[serde(deserialize_with = "nullable")]
@@ -392,10 +450,13 @@ pub struct Container {
 #[serde(default, rename_all = "camelCase")]
 pub struct ContainerPort {
     /// Its name.
+    #[serde(deserialize_with = "nullable")]
     pub name: String,
     /// Its number.
+    #[serde(deserialize_with = "nullable")]
     pub container_port: u16,
     /// Its protocol.
+    #[serde(deserialize_with = "nullable")]
     pub protocol: Protocol,
 }
 
@@ -404,6 +465,7 @@ pub struct ContainerPort {
 #[serde(default, rename_all = "camelCase")]
 pub struct PodStatus {
     /// `Succeeded` and `Failed` Pods are no endpoints.
+    #[serde(deserialize_with = "nullable")]
     pub phase: String,
     /// Conditions; `Ready` matters.
     #[serde(deserialize_with = "nullable")]
@@ -421,9 +483,10 @@ pub struct PodStatus {
 #[serde(default)]
 pub struct PodCondition {
     /// Its name.
-    #[serde(rename = "type")]
+    #[serde(rename = "type", deserialize_with = "nullable")]
     pub type_: String,
     /// `True`, `False` or `Unknown`.
+    #[serde(deserialize_with = "nullable")]
     pub status: String,
 }
 
@@ -432,23 +495,27 @@ pub struct PodCondition {
 #[serde(default)]
 pub struct PodIp {
     /// The address.
+    #[serde(deserialize_with = "nullable")]
     pub ip: String,
 }
 
 /// A Node.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Deserialize)]
 #[serde(default)]
 pub struct Node {
     /// Name and labels.
+    #[serde(deserialize_with = "nullable")]
     pub metadata: Metadata,
     /// Pod networks.
+    #[serde(deserialize_with = "nullable")]
     pub spec: NodeSpec,
     /// Addresses.
+    #[serde(deserialize_with = "nullable")]
     pub status: NodeStatus,
 }
 
 /// `spec` of a Node.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Deserialize)]
 #[serde(default, rename_all = "camelCase")]
 pub struct NodeSpec {
     /// The networks that its Pods' addresses come from.
@@ -460,7 +527,7 @@ pub struct NodeSpec {
 }
 
 /// `status` of a Node.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Deserialize)]
 #[serde(default)]
 pub struct NodeStatus {
     /// Addresses.
@@ -469,28 +536,31 @@ pub struct NodeStatus {
 }
 
 /// An address of a Node.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Deserialize)]
 #[serde(default)]
 pub struct NodeStatusAddress {
     /// `InternalIP`, `ExternalIP`, `Hostname`.
-    #[serde(rename = "type")]
+    #[serde(rename = "type", deserialize_with = "nullable")]
     pub type_: String,
     /// The address.
+    #[serde(deserialize_with = "nullable")]
     pub address: String,
 }
 
 /// A ServiceCIDR (`networking.k8s.io/v1`).
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Deserialize)]
 #[serde(default)]
 pub struct ServiceCidr {
     /// Its name.
+    #[serde(deserialize_with = "nullable")]
     pub metadata: Metadata,
     /// Its networks.
+    #[serde(deserialize_with = "nullable")]
     pub spec: ServiceCidrSpec,
 }
 
 /// `spec` of a ServiceCIDR.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Deserialize)]
 #[serde(default)]
 pub struct ServiceCidrSpec {
     /// The networks.

@@ -1,0 +1,145 @@
+//! The way of a packet through the hooks: destinations are rewritten on the way in, sources on the way out.
+//!
+//! [`ingress`] and [`egress`] are what the TC programs run. Between the two the host routes, so every other part of it
+//! sees one consistent connection, client to endpoint. The picture and the table of verdicts: `docs/packet-path.md`.
+
+mod egress;
+mod ingress;
+mod open;
+
+pub use self::{egress::egress, ingress::ingress};
+use crate::{
+    flow::{CARE_INTERVAL, Flow, FlowKey, FragmentKey, state},
+    parse::{Headers, Part},
+    reason::Reason,
+    tables::State,
+};
+
+/// Where a packet is looked at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Hook {
+    /// ifindex of the device.
+    pub device: u32,
+    /// Offset of the IP header: 14, or 0 on devices without Ethernet header.
+    pub link_header: usize,
+    /// Whether the packet is IPv6.
+    pub v6: bool,
+}
+
+/// Memory to work in, of which the stack of a kernel program (512 bytes) has too little. Nothing in it outlives a packet.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Scratch {
+    /// The packet's headers.
+    pub headers: Headers,
+    /// Those that an ICMP error quotes.
+    pub quoted: Headers,
+    /// A flow entry that is being made.
+    pub flow: Flow,
+}
+
+impl Scratch {
+    /// Nothing in it.
+    pub const NEW: Self = Self { headers: Headers::NONE, quoted: Headers::NONE, flow: Flow::NONE };
+}
+
+/// What becomes of a packet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// It goes on, changed or not; programs behind us see it.
+    Next(Reason),
+    /// It ends here.
+    Drop(Reason),
+    /// It has become its own refusal, and goes back out of the device that it came by.
+    Answer(Reason),
+    /// It has been changed, and goes to this bridge by `bpf_redirect_neigh`.
+    Bridge(u32, Reason),
+}
+
+impl Action {
+    /// The cause, which is also the counter.
+    #[must_use]
+    #[inline(always)]
+    pub const fn reason(self) -> Reason {
+        match self {
+            Self::Next(reason) | Self::Drop(reason) | Self::Answer(reason) | Self::Bridge(_, reason) => reason,
+        }
+    }
+}
+
+/// Which hook a fragment was seen at; its addresses differ between the two.
+#[derive(Clone, Copy)]
+enum At {
+    Ingress = 0,
+    Egress = 1,
+}
+
+const fn fragment_key(headers: &Headers, at: At) -> FragmentKey {
+    FragmentKey { src: headers.src, dst: headers.dst, id: headers.id, proto: headers.proto, hook: at as u8, pad: 0 }
+}
+
+/// Remembers the ports of a first fragment, or completes a later one. False: its first was never seen.
+#[inline(never)]
+fn complete_fragment<S: State>(headers: &mut Headers, at: At, state: &mut S) -> bool {
+    let key = fragment_key(headers, at);
+    if matches!(headers.part, Part::First) {
+        let ports = crate::flow::FragmentPorts { sport: headers.sport, dport: headers.dport };
+        state.insert_fragment(&key, &ports);
+        return true;
+    }
+    let Some(ports) = state.fragment(&key) else { return false };
+    (headers.sport, headers.dport) = (ports.sport, ports.dport);
+    true
+}
+
+/// Whether a packet at `now` is the first for a while, so that the other entries of its connection want a look.
+const fn wants_care(seen: u32, now: u32) -> bool {
+    seen / CARE_INTERVAL != now / CARE_INTERVAL
+}
+
+/// Keeps the other entries of a connection alive, and restores what was evicted.
+#[inline(never)]
+fn care<S: State>(key: &FlowKey, now: u32, state: &mut S) {
+    let Some(flow) = state.flow(key) else { return };
+    let flow = *flow;
+    if !matches!(key.kind, KIND_REQUEST) {
+        keep(&flow.request_key(key.proto), &flow, now, state);
+    }
+    if !matches!(key.kind, KIND_FORWARDED) {
+        keep(&flow.forwarded_key(key.proto), &flow, now, state);
+    }
+}
+
+const KIND_REQUEST: u8 = crate::flow::Kind::Request as u8;
+const KIND_FORWARDED: u8 = crate::flow::Kind::Forwarded as u8;
+
+#[inline(always)]
+fn keep<S: State>(key: &FlowKey, flow: &Flow, now: u32, state: &mut S) {
+    if let Some(other) = state.flow(key) {
+        other.seen = now;
+        return;
+    }
+    state.insert_flow(key, flow);
+    if flow.state & state::REPLIED != 0 {
+        state.confirm_flow(key, flow);
+    }
+}
+
+/// Moves all entries of a connection that has been answered to the large table.
+#[inline(never)]
+fn confirm<S: State>(key: &FlowKey, state: &mut S) {
+    let Some(flow) = state.flow(key) else { return };
+    flow.state |= state::REPLIED;
+    let mut flow = *flow;
+    if let Some(request) = state.flow(&flow.request_key(key.proto)) {
+        flow.state |= request.state;
+    }
+    state.confirm_flow(&flow.request_key(key.proto), &flow);
+    state.confirm_flow(&flow.forwarded_key(key.proto), &flow);
+    if flow.node_port.be != 0 {
+        state.confirm_flow(&flow.masqueraded_key(key.proto), &flow);
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,203 @@
+//! The way out.
+
+use super::{Action, At, Hook, Scratch, care, complete_fragment, confirm, wants_care};
+use crate::{
+    addr::{Addr, Port},
+    flow::{Flow, FlowKey, Kind, flow_flags, state, tcp_flags},
+    hash, icmp,
+    layout::{node_flags, protocol},
+    packet::Packet,
+    parse::{Headers, Part, parse},
+    reason::Reason,
+    rewrite::{Side, rewrite, rewrite_port},
+    tables::State,
+};
+
+/// So many ports are tried for a masqueraded connection.
+const PROBES: u32 = 32;
+
+/// Looks at a packet that leaves the host by a device.
+#[inline(always)]
+pub fn egress<P: Packet, S: State>(packet: &mut P, hook: &Hook, scratch: &mut Scratch, state: &mut S) -> Action {
+    let Scratch { headers, quoted, flow } = scratch;
+    if parse(packet, hook.link_header, hook.v6, headers).is_none() {
+        return Action::Next(Reason::Unreadable);
+    }
+    let headers = core::hint::black_box(headers);
+    if !headers.has_ports() {
+        return icmp::egress(packet, headers, quoted, state).unwrap_or(Action::Next(Reason::NotService));
+    }
+    if !matches!(headers.part, Part::Whole) && !complete_fragment(headers, At::Egress, state) {
+        return Action::Next(Reason::NotService);
+    }
+    transport(packet, hook, headers, flow, state)
+}
+
+#[inline(always)]
+fn transport<P: Packet, S: State>(
+    packet: &mut P,
+    hook: &Hook,
+    headers: &Headers,
+    flow: &mut Flow,
+    state: &mut S,
+) -> Action {
+    if state.may_be_endpoint(&headers.src, headers.sport)
+        && let Some(action) = reply(packet, headers, state)
+    {
+        return action;
+    }
+    if state.may_be_endpoint(&headers.dst, headers.dport)
+        && let Some(action) = request(packet, hook, headers, flow, state)
+    {
+        return action;
+    }
+    if headers.proto == protocol::UDP && state.may_be_frontend(&headers.src.unspecified(), headers.sport) {
+        note_foreign(headers, flow, state);
+    }
+    Action::Next(Reason::NotService)
+}
+
+/// An answer of an endpoint: its source becomes the frontend again.
+#[inline(always)]
+fn reply<P: Packet, S: State>(packet: &mut P, headers: &Headers, state: &mut S) -> Option<Action> {
+    let key = FlowKey::new(Kind::Forwarded, headers.dst, headers.dport, headers.src, headers.sport, headers.proto);
+    let now = state.now();
+    let flow = state.flow(&key)?;
+    // A new connection straight to the endpoint may reuse the ports of a closed one through a frontend.
+    if headers.tcp & tcp_flags::SYN != 0 && flow.state & state::CLOSING != 0 {
+        return None;
+    }
+    let (frontend, port, client_port, replied, seen) =
+        (flow.frontend, flow.frontend_port, flow.client_port, flow.state & state::REPLIED != 0, flow.seen);
+    if seen != now {
+        flow.seen = now;
+    }
+    let closes = headers.tcp & (tcp_flags::FIN | tcp_flags::RST) != 0 && flow.note(headers.tcp, state::ENDPOINT_FIN);
+    if closes {
+        close(&key, state);
+    }
+    if !replied {
+        confirm(&key, state);
+    } else if wants_care(seen, now) {
+        care(&key, now, state);
+    }
+    let shifted =
+        client_port.be == headers.dport.be || rewrite_port(packet, headers, Side::Destination, client_port).is_some();
+    Some(if shifted && rewrite(packet, headers, Side::Source, &frontend, port).is_some() {
+        Action::Next(Reason::Reply)
+    } else {
+        Action::Drop(Reason::Internal)
+    })
+}
+
+/// Tells the request's entry that the endpoint ends the connection.
+#[inline(never)]
+fn close<S: State>(key: &FlowKey, state: &mut S) {
+    let Some(flow) = state.flow(key) else { return };
+    let (request, closing) = (flow.request_key(key.proto), flow.state & state::CLOSING);
+    if let Some(request) = state.flow(&request) {
+        request.state |= closing;
+    }
+}
+
+/// A request on its way to an endpoint: its source becomes the node's if it must.
+#[inline(always)]
+fn request<P: Packet, S: State>(
+    packet: &mut P,
+    hook: &Hook,
+    headers: &Headers,
+    taken: &mut Flow,
+    state: &mut S,
+) -> Option<Action> {
+    let key = FlowKey::new(Kind::Forwarded, headers.src, headers.sport, headers.dst, headers.dport, headers.proto);
+    let flow = state.flow(&key)?;
+    if flow.flags & flow_flags::MASQUERADE == 0 {
+        return None;
+    }
+    let (mut node, mut port) = (flow.node, flow.node_port);
+    // The entry of a closed connection must not lend its port to a new one.
+    let again = flow.state & state::CLOSING != 0
+        && headers.tcp & (tcp_flags::SYN | tcp_flags::ACK) == tcp_flags::SYN
+        && headers.proto == protocol::TCP;
+    if port.be == 0 || again {
+        if let Err(reason) = take_port(&key, hook.device, taken, state) {
+            return Some(Action::Drop(reason));
+        }
+        (node, port) = (taken.node, taken.node_port);
+    }
+    Some(match rewrite(packet, headers, Side::Source, &node, port) {
+        Some(()) => Action::Next(Reason::Masqueraded),
+        None => Action::Drop(Reason::Internal),
+    })
+}
+
+/// Takes a port of the node for a connection, and notes it in the entries. `flow` becomes the entry with it.
+#[inline(never)]
+fn take_port<S: State>(key: &FlowKey, device: u32, flow: &mut Flow, state: &mut S) -> Result<(), Reason> {
+    match state.flow(key) {
+        Some(entry) => *flow = *entry,
+        None => return Err(Reason::Internal),
+    }
+    let now = state.now();
+    let v4 = flow.client.is_v4();
+    let node = match state.device(device) {
+        Some(device) if v4 => device.masquerade_v4,
+        Some(device) => device.masquerade_v6,
+        None => Addr::UNSPECIFIED_V6,
+    };
+    if node.same(&node.unspecified()) || node.is_v4() != v4 {
+        return Err(Reason::NoMasqueradeAddress);
+    }
+    let (first, ports) = state.masquerade_ports();
+    let seed = hash::tuple(&flow.client, flow.forwarded_port, &flow.endpoint, flow.endpoint_port);
+    flow.node = node;
+    let mut probe = 0;
+    while probe < PROBES {
+        let offset = seed.wrapping_add(probe).checked_rem(u32::from(ports)).unwrap_or(0);
+        flow.node_port = Port::new(first.wrapping_add(offset as u16));
+        let masqueraded = flow.masqueraded_key(key.proto);
+        if is_free(&masqueraded, flow, now, state) {
+            if !state.insert_flow(&masqueraded, flow) {
+                return Err(Reason::FlowTableFull);
+            }
+            note_port(key, flow, state);
+            return Ok(());
+        }
+        probe += 1;
+    }
+    Err(Reason::NoMasqueradePort)
+}
+
+#[inline(always)]
+fn note_port<S: State>(key: &FlowKey, taken: &Flow, state: &mut S) {
+    if let Some(flow) = state.flow(key) {
+        (flow.node, flow.node_port) = (taken.node, taken.node_port);
+    }
+    if let Some(flow) = state.flow(&taken.request_key(key.proto)) {
+        (flow.node, flow.node_port) = (taken.node, taken.node_port);
+    }
+}
+
+/// Whether a masqueraded tuple is nobody's, or was of a connection that is over, or of the same client end.
+#[inline(always)]
+fn is_free<S: State>(key: &FlowKey, flow: &Flow, now: u32, state: &mut S) -> bool {
+    let Some(holder) = state.flow(key) else { return true };
+    holder.is_idle(key.proto, now)
+        || holder.client.same(&flow.client) && holder.forwarded_port.be == flow.forwarded_port.be
+}
+
+/// A packet of the node itself from a port that is also a NodePort: the answer will not be a request.
+#[inline(never)]
+fn note_foreign<S: State>(headers: &Headers, flow: &mut Flow, state: &mut S) {
+    if state.node_address(&headers.src) & node_flags::NODE_PORTS == 0 {
+        return;
+    }
+    let key = FlowKey::new(Kind::Foreign, headers.src, headers.sport, headers.dst, headers.dport, headers.proto);
+    let now = state.now();
+    if let Some(flow) = state.flow(&key) {
+        flow.seen = now;
+        return;
+    }
+    *flow = Flow { client: headers.src, endpoint: headers.dst, seen: now, ..Flow::NONE };
+    state.insert_flow(&key, flow);
+}

@@ -1,0 +1,222 @@
+//! The way in.
+#![expect(clippy::wildcard_enum_match_arm, reason = "most reasons end a packet's way alike")]
+
+use super::{
+    Action, At, Hook, Scratch, care, complete_fragment, confirm,
+    open::{establish, open},
+    wants_care,
+};
+use crate::{
+    addr::Port,
+    decide::{Class, Question, classify},
+    flow::{Flow, FlowKey, Kind, state, tcp_flags},
+    icmp,
+    layout::{FrontendKey, protocol},
+    packet::Packet,
+    parse::{Headers, Part, parse},
+    reason::Reason,
+    refuse::refuse,
+    rewrite::{Side, rewrite, rewrite_port},
+    tables::State,
+};
+
+/// Looks at a packet that enters the host by a device.
+#[inline(always)]
+pub fn ingress<P: Packet, S: State>(packet: &mut P, hook: &Hook, scratch: &mut Scratch, state: &mut S) -> Action {
+    let Scratch { headers, quoted, flow } = scratch;
+    if parse(packet, hook.link_header, hook.v6, headers).is_none() {
+        return Action::Next(Reason::Unreadable);
+    }
+    let headers = core::hint::black_box(headers);
+    let whole = matches!(headers.part, Part::Whole);
+    let action = if !headers.has_ports() {
+        other(packet, hook, headers, quoted, state)
+    } else if whole || complete_fragment(headers, At::Ingress, state) {
+        transport(packet, hook, headers, flow, state)
+    } else {
+        lost_fragment(headers, state)
+    };
+    if let Action::Answer(reason) = action { answer(packet, headers, reason, state) } else { action }
+}
+
+#[inline(always)]
+fn transport<P: Packet, S: State>(
+    packet: &mut P,
+    hook: &Hook,
+    headers: &Headers,
+    flow: &mut Flow,
+    state: &mut S,
+) -> Action {
+    if state.may_be_frontend(&headers.dst, headers.dport)
+        || state.may_be_frontend(&headers.dst.unspecified(), headers.dport)
+        || state.may_be_frontend(&headers.dst, Port::ZERO)
+    {
+        if let Some(action) = known(packet, headers, state) {
+            return action;
+        }
+        let action = open(hook, headers, flow, state);
+        match action.reason() {
+            Reason::NewFlow | Reason::MidFlow => return establish(packet, hook, headers, flow, state),
+            Reason::NotService => {}
+            _ => return action,
+        }
+    } else if state.in_service_cidr(&headers.dst) {
+        return Action::Drop(Reason::Unallocated);
+    }
+    let (first, ports) = state.masquerade_ports();
+    if headers.dport.number().wrapping_sub(first) < ports
+        && let Some(action) = masquerade_reply(packet, headers, state)
+    {
+        return action;
+    }
+    if (headers.proto != protocol::TCP || headers.tcp & (tcp_flags::SYN | tcp_flags::ACK) == tcp_flags::SYN)
+        && state.may_be_endpoint(&headers.dst, headers.dport)
+    {
+        direct(headers, state);
+    }
+    Action::Next(Reason::NotService)
+}
+
+/// A request of a connection that is known, and stays with its endpoint.
+#[inline(always)]
+fn known<P: Packet, S: State>(packet: &mut P, headers: &Headers, state: &mut S) -> Option<Action> {
+    let key = FlowKey::new(Kind::Request, headers.src, headers.sport, headers.dst, headers.dport, headers.proto);
+    let now = state.now();
+    let flow = state.flow(&key)?;
+    if flow.is_idle(headers.proto, now) {
+        return None;
+    }
+    // TCP stays with an endpoint that is gone, as kube-proxy's does; only a new connection must not (`pitfalls.md` P1).
+    let mut asks_endpoint = headers.proto != protocol::TCP;
+    if headers.proto == protocol::TCP {
+        if headers.tcp & (tcp_flags::SYN | tcp_flags::ACK) == tcp_flags::SYN {
+            if flow.state & state::CLOSING != 0 {
+                return None;
+            }
+            asks_endpoint = true;
+        } else if headers.tcp & (tcp_flags::FIN | tcp_flags::RST) != 0 {
+            flow.note(headers.tcp, state::CLIENT_FIN);
+        }
+    }
+    let (addr, port, forwarded, id, generation, bridge, seen) = (
+        flow.endpoint,
+        flow.endpoint_port,
+        flow.forwarded_port,
+        flow.endpoint_id,
+        flow.generation,
+        flow.bridge,
+        flow.seen,
+    );
+    flow.seen = now;
+    if asks_endpoint && !state.endpoint(id).is_some_and(|endpoint| endpoint.serves(generation)) {
+        return None;
+    }
+    if wants_care(seen, now) {
+        care(&key, now, state);
+    }
+    if forwarded.be != headers.sport.be && rewrite_port(packet, headers, Side::Source, forwarded).is_none() {
+        return Some(Action::Drop(Reason::Internal));
+    }
+    if rewrite(packet, headers, Side::Destination, &addr, port).is_none() {
+        return Some(Action::Drop(Reason::Internal));
+    }
+    Some(if bridge == 0 { Action::Next(Reason::Established) } else { Action::Bridge(bridge, Reason::Established) })
+}
+
+/// An answer to a request that left with the node's address.
+#[inline(never)]
+fn masquerade_reply<P: Packet, S: State>(packet: &mut P, headers: &Headers, state: &mut S) -> Option<Action> {
+    let key = FlowKey::new(Kind::Masqueraded, headers.dst, headers.dport, headers.src, headers.sport, headers.proto);
+    let now = state.now();
+    let flow = state.flow(&key)?;
+    if flow.state & state::CLOSING != 0 && headers.tcp & tcp_flags::SYN != 0 {
+        return None;
+    }
+    let (client, port, replied, seen) = (flow.client, flow.forwarded_port, flow.state & state::REPLIED != 0, flow.seen);
+    flow.seen = now;
+    if headers.tcp & (tcp_flags::FIN | tcp_flags::RST) != 0 {
+        flow.note(headers.tcp, state::ENDPOINT_FIN);
+    }
+    if !replied {
+        confirm(&key, state);
+    } else if wants_care(seen, now) {
+        care(&key, now, state);
+    }
+    Some(match rewrite(packet, headers, Side::Destination, &client, port) {
+        Some(()) => Action::Next(Reason::MasqueradeReply),
+        None => Action::Drop(Reason::Internal),
+    })
+}
+
+/// A client speaks to an endpoint without a frontend, from a port by which it reached that endpoint through one: answers
+/// must keep the endpoint's address from now on.
+///
+/// A live UDP flow through the frontend wins; a TCP connection can't be live where the client sends a new SYN.
+#[inline(never)]
+fn direct<S: State>(headers: &Headers, state: &mut S) {
+    let key = FlowKey::new(Kind::Forwarded, headers.src, headers.sport, headers.dst, headers.dport, headers.proto);
+    let now = state.now();
+    let Some(flow) = state.flow(&key) else { return };
+    if headers.proto != protocol::TCP && !flow.is_idle(headers.proto, now) {
+        return;
+    }
+    let request = flow.request_key(headers.proto);
+    state.remove_flow(&key);
+    state.remove_flow(&request);
+}
+
+/// A later fragment whose first was never seen: to an address that only Services have it can't be anything else, elsewhere
+/// it may be someone's.
+#[inline(never)]
+fn lost_fragment<S: State>(headers: &Headers, state: &S) -> Action {
+    if state.may_be_frontend(&headers.dst, Port::ZERO) && state.frontend(&FrontendKey::any_port(headers.dst)).is_some()
+    {
+        return Action::Drop(Reason::FragmentWithoutFirst);
+    }
+    Action::Next(Reason::NotService)
+}
+
+/// Protocols without ports: ICMP errors about connections of ours, and everything that a ClusterIP doesn't have.
+#[inline(never)]
+fn other<P: Packet, S: State>(
+    packet: &mut P,
+    hook: &Hook,
+    headers: &Headers,
+    quoted: &mut Headers,
+    state: &mut S,
+) -> Action {
+    if let Some(action) = icmp::ingress(packet, headers, quoted, state) {
+        return action;
+    }
+    if headers.v6 && headers.proto == protocol::ICMPV6 && icmp::is_neighbour_discovery(packet, headers) {
+        return Action::Next(Reason::NotService);
+    }
+    let question = Question {
+        src: headers.src,
+        dst: headers.dst,
+        dport: Port::ZERO,
+        proto: headers.proto,
+        from_node: false,
+        device: hook.device,
+    };
+    match classify(&question, state) {
+        Class::Reject(reason) => Action::Answer(reason),
+        Class::Drop(reason) => Action::Drop(reason),
+        Class::Forward(_) | Class::Pass(_) => Action::Next(Reason::NotService),
+    }
+}
+
+/// Turns a packet that is to be refused into its refusal, within the limit.
+#[inline(always)]
+fn answer<P: Packet, S: State>(packet: &mut P, headers: &Headers, reason: Reason, state: &mut S) -> Action {
+    if icmp::is_error(packet, headers) {
+        return Action::Drop(reason);
+    }
+    if !state.may_refuse() {
+        return Action::Drop(Reason::RefusalLimit);
+    }
+    match refuse(packet, headers) {
+        Some(()) => Action::Answer(reason),
+        None => Action::Drop(reason),
+    }
+}

@@ -1,0 +1,456 @@
+//! The way there and back through both hooks, on a [`Machine`].
+
+use core::net::{IpAddr, SocketAddr};
+
+use etherparse::{NetSlice, PacketBuilder, SlicedPacket, TransportSlice};
+use proptest::prelude::*;
+
+use super::{Action, Hook, Scratch, egress, ingress};
+use crate::{
+    addr::{Addr, Port},
+    flow::{Kind, tcp_flags},
+    layout::{
+        Device, Endpoint, Frontend, FrontendKey, Range, bit_index, endpoint_flags, frontend_flags, node_flags, protocol,
+    },
+    memory::Machine,
+    packet::Packet as _,
+    reason::{Reason, Verdict},
+};
+
+const UPLINK: u32 = 7;
+const V4: Case =
+    Case { client: "10.244.1.7:40000", service: "10.96.0.10:80", endpoint: "10.244.2.9:8080", node: "10.99.0.11" };
+const V6: Case =
+    Case { client: "[fd00::7]:40000", service: "[fd00:96::10]:80", endpoint: "[fd00:2::9]:8080", node: "fd00:99::11" };
+
+#[derive(Clone, Copy, Debug)]
+struct Case {
+    client: &'static str,
+    service: &'static str,
+    endpoint: &'static str,
+    node: &'static str,
+}
+
+impl Case {
+    fn client(&self) -> SocketAddr {
+        self.client.parse().unwrap()
+    }
+
+    fn service(&self) -> SocketAddr {
+        self.service.parse().unwrap()
+    }
+
+    fn endpoint(&self) -> SocketAddr {
+        self.endpoint.parse().unwrap()
+    }
+
+    fn node(&self) -> IpAddr {
+        self.node.parse().unwrap()
+    }
+
+    /// A machine with the service, for both protocols, and flags for its frontend.
+    fn machine(&self, flags: u32) -> Machine {
+        let mut machine = Machine::default();
+        add_service(&mut machine, 1, self.service(), &[self.endpoint()], flags);
+        let node = Addr::from(self.node());
+        machine.tables.node_addresses.insert(node, node_flags::LOCAL | node_flags::NODE_PORTS);
+        let mut device = Device::default();
+        if node.is_v4() {
+            device.masquerade_v4 = node
+        } else {
+            device.masquerade_v6 = node
+        }
+        machine.tables.devices.insert(UPLINK, device);
+        machine
+    }
+}
+
+fn add_service(machine: &mut Machine, id: u32, service: SocketAddr, endpoints: &[SocketAddr], flags: u32) {
+    let offset = id * 100;
+    let tables = &mut machine.tables;
+    for (i, endpoint) in (0..).zip(endpoints) {
+        let (addr, port) = (endpoint.ip().into(), Port::new(endpoint.port()));
+        let value = Endpoint { addr, port, flags: endpoint_flags::SERVING, service: id, generation: 1 };
+        tables.endpoints.insert(offset + i, value);
+        tables.slots.insert(offset + i, offset + i);
+        tables.endpoint_bits.insert(bit_index(&addr, port));
+    }
+    let range = Range { offset, len: endpoints.len() as u32 };
+    for proto in [protocol::TCP, protocol::UDP] {
+        let key = FrontendKey::new(service.ip().into(), Port::new(service.port()), proto);
+        tables.frontends.insert(key, Frontend { internal: range, external: range, service: id, flags });
+        tables.frontend_bits.insert(bit_index(&key.addr, key.port));
+    }
+}
+
+/// What is sent.
+#[derive(Clone, Copy)]
+enum Segment {
+    Tcp(u8),
+    Udp,
+}
+
+fn frame(from: SocketAddr, to: SocketAddr, segment: Segment) -> Vec<u8> {
+    let ethernet = PacketBuilder::ethernet2([2, 0, 0, 0, 0, 1], [2, 0, 0, 0, 0, 2]);
+    let ip = match (from.ip(), to.ip()) {
+        (IpAddr::V4(from), IpAddr::V4(to)) => ethernet.ipv4(from.octets(), to.octets(), 64),
+        (IpAddr::V6(from), IpAddr::V6(to)) => ethernet.ipv6(from.octets(), to.octets(), 64),
+        _ => panic!("two families"),
+    };
+    let mut bytes = Vec::new();
+    match segment {
+        Segment::Tcp(flags) => {
+            let mut tcp = ip.tcp(from.port(), to.port(), 1000, 64000);
+            if flags & tcp_flags::SYN != 0 {
+                tcp = tcp.syn();
+            }
+            if flags & tcp_flags::ACK != 0 {
+                tcp = tcp.ack(77);
+            }
+            if flags & tcp_flags::FIN != 0 {
+                tcp = tcp.fin();
+            }
+            if flags & tcp_flags::RST != 0 {
+                tcp = tcp.rst();
+            }
+            tcp.write(&mut bytes, b"data").unwrap();
+        }
+        Segment::Udp => ip.udp(from.port(), to.port()).write(&mut bytes, b"data").unwrap(),
+    }
+    bytes
+}
+
+/// Both ends of a frame, whose checksums must be right.
+fn ends(frame: &[u8]) -> (SocketAddr, SocketAddr) {
+    let sliced = SlicedPacket::from_ethernet(frame).unwrap();
+    let (from, to): (IpAddr, IpAddr) = match sliced.net.as_ref().unwrap() {
+        NetSlice::Ipv4(ip) => {
+            let header = ip.header().to_header();
+            assert_eq!(header.header_checksum, header.calc_header_checksum());
+            (header.source.into(), header.destination.into())
+        }
+        NetSlice::Ipv6(ip) => (ip.header().source_addr().into(), ip.header().destination_addr().into()),
+        NetSlice::Arp(_) => panic!("ARP"),
+    };
+    let (sport, dport) = match sliced.transport.as_ref().unwrap() {
+        TransportSlice::Tcp(tcp) => {
+            let sum = match (from, to) {
+                (IpAddr::V4(from), IpAddr::V4(to)) => tcp.calc_checksum_ipv4(from.octets(), to.octets()),
+                (IpAddr::V6(from), IpAddr::V6(to)) => tcp.calc_checksum_ipv6(from.octets(), to.octets()),
+                _ => panic!("two families"),
+            };
+            assert_eq!(tcp.checksum(), sum.unwrap());
+            (tcp.source_port(), tcp.destination_port())
+        }
+        TransportSlice::Udp(udp) => {
+            let header = udp.to_header();
+            let sum = match (from, to) {
+                (IpAddr::V4(from), IpAddr::V4(to)) => {
+                    header.calc_checksum_ipv4_raw(from.octets(), to.octets(), udp.payload())
+                }
+                (IpAddr::V6(from), IpAddr::V6(to)) => {
+                    header.calc_checksum_ipv6_raw(from.octets(), to.octets(), udp.payload())
+                }
+                _ => panic!("two families"),
+            };
+            assert_eq!(udp.checksum(), sum.unwrap());
+            (udp.source_port(), udp.destination_port())
+        }
+        _ => panic!("no ports"),
+    };
+    (SocketAddr::new(from, sport), SocketAddr::new(to, dport))
+}
+
+fn enter(machine: &mut Machine, frame: &mut Vec<u8>) -> Action {
+    let hook = Hook { device: 3, link_header: 14, v6: frame[12] == 0x86 };
+    ingress(frame, &hook, &mut Scratch::NEW.clone(), machine)
+}
+
+fn leave(machine: &mut Machine, frame: &mut Vec<u8>) -> Action {
+    let hook = Hook { device: UPLINK, link_header: 14, v6: frame[12] == 0x86 };
+    egress(frame, &hook, &mut Scratch::NEW.clone(), machine)
+}
+
+/// A frame through the host, in by one device and out by another: what leaves.
+fn cross(machine: &mut Machine, from: SocketAddr, to: SocketAddr, segment: Segment) -> (SocketAddr, SocketAddr) {
+    let mut frame = frame(from, to, segment);
+    let action = enter(machine, &mut frame);
+    assert!(matches!(action, Action::Next(_)), "{from} to {to} at ingress: {action:?}");
+    let action = leave(machine, &mut frame);
+    assert!(matches!(action, Action::Next(_)), "{from} to {to} at egress: {action:?}");
+    ends(&frame)
+}
+
+const SYN: Segment = Segment::Tcp(tcp_flags::SYN);
+const ACK: Segment = Segment::Tcp(tcp_flags::ACK);
+const FIN: Segment = Segment::Tcp(tcp_flags::FIN | tcp_flags::ACK);
+const SYN_ACK: Segment = Segment::Tcp(tcp_flags::SYN | tcp_flags::ACK);
+
+#[test]
+fn a_request_reaches_the_endpoint_and_the_answer_comes_from_the_frontend() {
+    for case in [V4, V6] {
+        for segment in [SYN, Segment::Udp] {
+            let mut machine = case.machine(0);
+            assert_eq!(cross(&mut machine, case.client(), case.service(), segment), (case.client(), case.endpoint()));
+            let answer = if matches!(segment, Segment::Udp) { Segment::Udp } else { SYN_ACK };
+            assert_eq!(cross(&mut machine, case.endpoint(), case.client(), answer), (case.service(), case.client()));
+            assert!(machine.flows.values().all(|(_, confirmed)| *confirmed), "an answer confirms both entries");
+        }
+    }
+}
+
+#[test]
+fn a_masqueraded_request_comes_from_the_node_and_its_answer_finds_the_client() {
+    for case in [V4, V6] {
+        let mut machine = case.machine(frontend_flags::MASQUERADE);
+        let (from, to) = cross(&mut machine, case.client(), case.service(), SYN);
+        assert_eq!((from.ip(), to), (case.node(), case.endpoint()));
+        assert_eq!(cross(&mut machine, case.endpoint(), from, SYN_ACK), (case.service(), case.client()));
+        assert_eq!(cross(&mut machine, case.client(), case.service(), ACK), (from, to), "the port stays");
+        assert!(machine.flows.values().all(|(_, confirmed)| *confirmed));
+    }
+}
+
+#[test]
+fn a_pod_that_reaches_itself_through_its_service_is_masqueraded() {
+    let mut machine = V4.machine(0);
+    let client = SocketAddr::new(V4.endpoint().ip(), 40000);
+    let (from, to) = cross(&mut machine, client, V4.service(), SYN);
+    assert_eq!((from.ip(), to), (V4.node(), V4.endpoint()));
+    assert_eq!(cross(&mut machine, V4.endpoint(), from, SYN_ACK), (V4.service(), client));
+}
+
+#[test]
+fn a_udp_flow_moves_when_its_endpoint_goes() {
+    for case in [V4, V6] {
+        let mut machine = case.machine(0);
+        cross(&mut machine, case.client(), case.service(), Segment::Udp);
+        machine.tables.endpoints.get_mut(&100).unwrap().flags = 0;
+        let new = SocketAddr::new(case.endpoint().ip(), 9999);
+        add_service(&mut machine, 2, case.service(), &[new], 0);
+        assert_eq!(cross(&mut machine, case.client(), case.service(), Segment::Udp), (case.client(), new));
+        assert_eq!(cross(&mut machine, new, case.client(), Segment::Udp), (case.service(), case.client()));
+    }
+}
+
+#[test]
+fn a_tcp_connection_stays_with_an_endpoint_that_is_gone_and_a_new_one_does_not() {
+    let mut machine = V4.machine(0);
+    cross(&mut machine, V4.client(), V4.service(), SYN);
+    machine.tables.endpoints.get_mut(&100).unwrap().flags = 0;
+    let new = SocketAddr::new(V4.endpoint().ip(), 9999);
+    add_service(&mut machine, 2, V4.service(), &[new], 0);
+    assert_eq!(cross(&mut machine, V4.client(), V4.service(), ACK), (V4.client(), V4.endpoint()));
+    assert_eq!(cross(&mut machine, V4.endpoint(), V4.client(), ACK), (V4.service(), V4.client()));
+    assert_eq!(cross(&mut machine, V4.client(), V4.service(), SYN), (V4.client(), new), "the port is used again");
+}
+
+#[test]
+fn a_syn_on_a_closing_connection_chooses_anew() {
+    let closings: [&[(bool, Segment)]; 4] = [
+        &[(true, FIN)],
+        &[(false, FIN)],
+        &[(true, Segment::Tcp(tcp_flags::RST))],
+        &[(false, Segment::Tcp(tcp_flags::RST | tcp_flags::ACK))],
+    ];
+    for closing in closings {
+        let mut machine = V4.machine(0);
+        cross(&mut machine, V4.client(), V4.service(), SYN);
+        cross(&mut machine, V4.endpoint(), V4.client(), SYN_ACK);
+        for (from_client, segment) in closing {
+            let (from, to) = if *from_client { (V4.client(), V4.service()) } else { (V4.endpoint(), V4.client()) };
+            cross(&mut machine, from, to, *segment);
+        }
+        let new = SocketAddr::new(V4.endpoint().ip(), 9999);
+        add_service(&mut machine, 1, V4.service(), &[new], 0);
+        assert_eq!(cross(&mut machine, V4.client(), V4.service(), SYN), (V4.client(), new));
+    }
+}
+
+#[test]
+fn a_retransmitted_syn_goes_to_the_same_endpoint_while_the_set_changes() {
+    let mut machine = V4.machine(0);
+    let (_, first) = cross(&mut machine, V4.client(), V4.service(), SYN);
+    let others: Vec<_> = (1..50).map(|i| SocketAddr::new(V4.endpoint().ip(), 9000 + i)).collect();
+    add_service(&mut machine, 2, V4.service(), &others, 0);
+    assert_eq!(cross(&mut machine, V4.client(), V4.service(), SYN).1, first);
+}
+
+#[test]
+fn one_socket_talks_to_forty_services() {
+    let mut machine = V4.machine(0);
+    let pairs: Vec<(SocketAddr, SocketAddr)> = (0..40)
+        .map(|i| (format!("10.96.1.{i}:53").parse().unwrap(), format!("10.244.3.{i}:5353").parse().unwrap()))
+        .collect();
+    for (id, (service, endpoint)) in (2..).zip(&pairs) {
+        add_service(&mut machine, id, *service, &[*endpoint], 0);
+        assert_eq!(cross(&mut machine, V4.client(), *service, Segment::Udp), (V4.client(), *endpoint));
+    }
+    let first = machine.flows.keys().find(|key| key.kind == Kind::Request as u8).copied().unwrap();
+    machine.flows.remove(&first);
+    for (service, endpoint) in &pairs {
+        assert_eq!(cross(&mut machine, *endpoint, V4.client(), Segment::Udp), (*service, V4.client()));
+        assert_eq!(cross(&mut machine, V4.client(), *service, Segment::Udp), (V4.client(), *endpoint));
+    }
+}
+
+#[test]
+fn a_second_frontend_of_the_same_endpoint_gets_another_source_port() {
+    for case in [V4, V6] {
+        for segment in [SYN, Segment::Udp] {
+            let mut machine = case.machine(0);
+            let second = SocketAddr::new(case.service().ip(), 81);
+            add_service(&mut machine, 2, second, &[case.endpoint()], 0);
+            let one = cross(&mut machine, case.client(), case.service(), segment);
+            let two = cross(&mut machine, case.client(), second, segment);
+            assert_eq!(one, (case.client(), case.endpoint()));
+            assert_eq!((two.0.ip(), two.1), (case.client().ip(), case.endpoint()));
+            assert_ne!(one.0, two.0);
+            let answer = if matches!(segment, Segment::Udp) { Segment::Udp } else { SYN_ACK };
+            assert_eq!(cross(&mut machine, case.endpoint(), one.0, answer), (case.service(), case.client()));
+            assert_eq!(cross(&mut machine, case.endpoint(), two.0, answer), (second, case.client()));
+        }
+    }
+}
+
+#[test]
+fn a_client_that_goes_straight_to_the_endpoint_later_gets_straight_answers() {
+    let mut machine = V4.machine(0);
+    cross(&mut machine, V4.client(), V4.service(), SYN);
+    cross(&mut machine, V4.endpoint(), V4.client(), SYN_ACK);
+    cross(&mut machine, V4.client(), V4.service(), FIN);
+    assert_eq!(cross(&mut machine, V4.client(), V4.endpoint(), SYN), (V4.client(), V4.endpoint()));
+    assert_eq!(cross(&mut machine, V4.endpoint(), V4.client(), SYN_ACK), (V4.endpoint(), V4.client()));
+}
+
+#[test]
+fn an_evicted_entry_is_restored_by_the_other_one() {
+    for kind in [Kind::Request, Kind::Forwarded] {
+        let mut machine = V4.machine(0);
+        cross(&mut machine, V4.client(), V4.service(), SYN);
+        cross(&mut machine, V4.endpoint(), V4.client(), SYN_ACK);
+        machine.flows.retain(|key, _| key.kind != kind as u8);
+        machine.now += 10;
+        let (from, to) = match kind {
+            Kind::Request => (V4.endpoint(), V4.client()),
+            _ => (V4.client(), V4.service()),
+        };
+        cross(&mut machine, from, to, ACK);
+        assert_eq!(machine.flows.len(), 2);
+        assert_eq!(cross(&mut machine, V4.endpoint(), V4.client(), ACK), (V4.service(), V4.client()));
+    }
+}
+
+#[test]
+fn eight_thousand_flows_share_four_thousand_ports_and_again_after_they_are_idle() {
+    let mut machine = V4.machine(frontend_flags::MASQUERADE);
+    let endpoints: Vec<SocketAddr> = (1..=4).map(|i| format!("10.244.2.{i}:8080").parse().unwrap()).collect();
+    add_service(&mut machine, 1, V4.service(), &endpoints, frontend_flags::MASQUERADE);
+    for round in 0..2_u16 {
+        let mut lost = 0;
+        for i in 0..8000_u16 {
+            let client: SocketAddr = format!("198.51.{}.{}:{}", 100 + round, i / 250, 30000 + i).parse().unwrap();
+            let mut frame = frame(client, V4.service(), SYN);
+            enter(&mut machine, &mut frame);
+            lost += usize::from(leave(&mut machine, &mut frame) == Action::Drop(Reason::NoMasqueradePort));
+        }
+        assert_eq!(lost, 0, "round {round}");
+        for (flow, _) in machine.flows.values_mut() {
+            flow.state |= crate::flow::state::RESET;
+        }
+        machine.now += 61;
+    }
+}
+
+#[test]
+fn refusals_go_back_to_who_asked() {
+    for case in [V4, V6] {
+        for (segment, answered) in
+            [(SYN, true), (Segment::Udp, true), (ACK, false), (Segment::Tcp(tcp_flags::RST), false)]
+        {
+            let mut machine = case.machine(0);
+            add_service(&mut machine, 1, case.service(), &[], 0);
+            let mut frame = frame(case.client(), case.service(), segment);
+            let action = enter(&mut machine, &mut frame);
+            if !answered {
+                assert_eq!(action, Action::Drop(Reason::MidFlowNoEndpoints));
+                continue;
+            }
+            assert_eq!(action, Action::Answer(Reason::NoEndpoints));
+            assert_eq!(action.reason().verdict(), Verdict::Refuse);
+            assert_eq!(frame[..6], [2, 0, 0, 0, 0, 1]);
+            if matches!(segment, Segment::Udp) {
+                let sliced = SlicedPacket::from_ethernet(&frame).unwrap();
+                match sliced.transport.unwrap() {
+                    TransportSlice::Icmpv4(icmp) => assert_eq!((icmp.type_u8(), icmp.code_u8()), (3, 3)),
+                    TransportSlice::Icmpv6(icmp) => {
+                        assert_eq!((icmp.type_u8(), icmp.code_u8()), (1, 4));
+                        let (from, to) = (case.service().ip(), case.client().ip());
+                        let (IpAddr::V6(from), IpAddr::V6(to)) = (from, to) else { panic!("two families") };
+                        assert!(icmp.is_checksum_valid(from.octets(), to.octets()));
+                    }
+                    _ => panic!("not ICMP"),
+                }
+            } else {
+                assert_eq!(ends(&frame), (case.service(), case.client()));
+            }
+        }
+    }
+}
+
+#[test]
+fn fragments_follow_their_first() {
+    let whole = frame(V4.client(), V4.service(), Segment::Udp);
+    let mut machine = V4.machine(0);
+    let mut first = whole.clone();
+    first[20] = 0x20;
+    let mut later = whole[..34].to_vec();
+    later.extend([1; 16]);
+    later[21] = 1;
+    for fragment in [&mut first, &mut later] {
+        fragment[24..26].fill(0);
+        let words: Vec<u64> = fragment[14..34].chunks(2).map(|w| u64::from(u16::from_ne_bytes([w[0], w[1]]))).collect();
+        let sum = !crate::checksum::fold(words.iter().sum());
+        fragment.write(24, sum);
+    }
+    let mut lost = later.clone();
+    machine.tables.frontends.insert(
+        FrontendKey::any_port(V4.service().ip().into()),
+        Frontend { flags: frontend_flags::ANY_PORT, ..Frontend::default() },
+    );
+    machine.tables.frontend_bits.insert(bit_index(&V4.service().ip().into(), Port::ZERO));
+    assert_eq!(enter(&mut machine, &mut lost), Action::Drop(Reason::FragmentWithoutFirst));
+    assert_eq!(enter(&mut machine, &mut first), Action::Next(Reason::NewFlow));
+    assert_eq!(enter(&mut machine, &mut later), Action::Next(Reason::Established));
+    assert_eq!(later[30..34], first[30..34]);
+}
+
+proptest! {
+    /// Whatever comes: nothing is read past the end, and what is passed is untouched.
+    #[test]
+    fn any_bytes_are_handled_and_what_is_not_ours_is_left_alone(
+        bytes in proptest::collection::vec(any::<u8>(), 0..160), v6: bool, proto in prop::sample::select(vec![6_u8, 17, 1, 58, 132, 44, 0]),
+        ours: bool, out: bool,
+    ) {
+        let case = if v6 { V6 } else { V4 };
+        let mut machine = case.machine(frontend_flags::MASQUERADE);
+        cross(&mut machine, case.client(), case.service(), Segment::Udp);
+        let mut packet = if ours { frame(case.client(), case.service(), Segment::Udp) } else { Vec::new() };
+        packet.truncate(if v6 { 54 } else { 34 });
+        packet.extend(bytes);
+        if let Some(field) = packet.get_mut(if v6 { 20 } else { 23 }) {
+            *field = proto;
+        }
+        if let [_, _, _, _, _, _, _, _, _, _, _, _, high, low, version, ..] = packet.as_mut_slice() {
+            [*high, *low] = if v6 { [0x86, 0xdd] } else { [8, 0] };
+            *version = if v6 { 0x60 } else { 0x45 };
+        }
+        let before = packet.clone();
+        let hook = Hook { device: UPLINK, link_header: 14, v6 };
+        let run = if out { egress::<Vec<u8>, Machine> } else { ingress };
+        let action = run(&mut packet, &hook, &mut Scratch::NEW.clone(), &mut machine);
+        if action.reason().verdict() == Verdict::Pass {
+            prop_assert_eq!(packet, before);
+        }
+    }
+}

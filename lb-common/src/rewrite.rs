@@ -1,0 +1,163 @@
+//! Writing addresses and ports, with every checksum that covers them.
+
+use crate::{
+    addr::{Addr, Port},
+    checksum::Difference,
+    layout::protocol,
+    packet::{Covers, Packet, halves},
+    parse::{Headers, Part},
+};
+
+/// Which end of a packet is written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Side {
+    /// The source.
+    Source,
+    /// The destination.
+    Destination,
+}
+
+/// Replaces the address and port of one side. `None`: the packet can't be rewritten, and may be half done.
+///
+/// Checksums are updated by differences, which is right for complete ones and for those that the sender left to the
+/// device (`lab.md` §1). A later fragment has no port and no checksum. SCTP's CRC32c covers its ports but no
+/// addresses, so an SCTP packet keeps its port or is refused.
+#[inline(always)]
+pub fn rewrite<P: Packet>(packet: &mut P, headers: &Headers, side: Side, addr: &Addr, port: Port) -> Option<()> {
+    let old = match side {
+        Side::Source => headers.src,
+        Side::Destination => headers.dst,
+    };
+    write_addr(packet, headers.l3, headers.v6, side, &old, addr)?;
+    if matches!(headers.part, Part::Later) {
+        return Some(());
+    }
+    if let Some((checksum, udp)) = checksum_of(headers) {
+        let covers = Covers::PseudoHeader { v6: headers.v6 };
+        packet.update_checksum(checksum, Difference::NONE.addr(&old, addr), covers, udp)?;
+    }
+    rewrite_port(packet, headers, side, port)
+}
+
+/// Replaces the port of one side.
+#[inline(always)]
+pub fn rewrite_port<P: Packet>(packet: &mut P, headers: &Headers, side: Side, port: Port) -> Option<()> {
+    let (old, offset) = match side {
+        Side::Source => (headers.sport, 0),
+        Side::Destination => (headers.dport, 2),
+    };
+    if old.be == port.be || matches!(headers.part, Part::Later) {
+        return Some(());
+    }
+    let (checksum, udp) = checksum_of(headers)?;
+    packet.write(headers.l4.wrapping_add(offset), port.be)?;
+    packet.update_checksum(checksum, Difference::NONE.port(old, port), Covers::Segment, udp)
+}
+
+/// Offset of the transport checksum and whether it is UDP's; `None` for transports whose checksum can't be updated.
+#[inline(always)]
+fn checksum_of(headers: &Headers) -> Option<(usize, bool)> {
+    match headers.proto {
+        protocol::TCP => Some((headers.l4.wrapping_add(16), false)),
+        protocol::UDP => Some((headers.l4.wrapping_add(6), true)),
+        _ => None,
+    }
+}
+
+/// Replaces an address in an IP header, and updates that header's own checksum.
+#[inline(always)]
+pub fn write_addr<P: Packet>(packet: &mut P, l3: usize, v6: bool, side: Side, old: &Addr, new: &Addr) -> Option<()> {
+    if v6 {
+        return packet.write_v6(l3.wrapping_add(if matches!(side, Side::Source) { 8 } else { 24 }), new);
+    }
+    let [.., high, low] = halves(new);
+    packet.write(l3.wrapping_add(if matches!(side, Side::Source) { 12 } else { 16 }), [high, low])?;
+    let checksum = packet.read(l3.wrapping_add(10))?;
+    packet.write(l3.wrapping_add(10), Difference::NONE.word32(old.v4_word(), new.v4_word()).apply(checksum))
+}
+
+#[cfg(test)]
+mod tests {
+    use core::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+    use etherparse::{PacketBuilder, SlicedPacket, TransportSlice};
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn parse(packet: &Vec<u8>, l3: usize, v6: bool) -> Option<Headers> {
+        let mut headers = Headers::NONE;
+        crate::parse::parse(packet, l3, v6, &mut headers).map(|()| headers)
+    }
+
+    fn frame(src: IpAddr, dst: IpAddr, sport: u16, dport: u16, tcp: bool, payload: &[u8]) -> Vec<u8> {
+        let ethernet = PacketBuilder::ethernet2([1; 6], [2; 6]);
+        let ip = match (src, dst) {
+            (IpAddr::V4(src), IpAddr::V4(dst)) => ethernet.ipv4(src.octets(), dst.octets(), 64),
+            (IpAddr::V6(src), IpAddr::V6(dst)) => ethernet.ipv6(src.octets(), dst.octets(), 64),
+            _ => unreachable!(),
+        };
+        let mut bytes = Vec::new();
+        if tcp {
+            ip.tcp(sport, dport, 7, 1000).ack(9).write(&mut bytes, payload).unwrap();
+        } else {
+            ip.udp(sport, dport).write(&mut bytes, payload).unwrap();
+        }
+        bytes
+    }
+
+    proptest! {
+        #[test]
+        fn a_rewritten_packet_is_the_packet_sent_from_there(
+            v6: bool, tcp: bool, addrs: [u128; 3], ports: [u16; 3], source: bool,
+            payload in proptest::collection::vec(any::<u8>(), 0..64),
+        ) {
+            let [a, b, new] = addrs.map(|addr| if v6 {
+                IpAddr::V6(Ipv6Addr::from(addr | 1 << 127))
+            } else {
+                IpAddr::V4(Ipv4Addr::from(addr as u32))
+            });
+            let [sport, dport, new_port] = ports;
+            let before = frame(a, b, sport, dport, tcp, &payload);
+            let mut packet = before.clone();
+            let headers = parse(&packet, 14, v6).unwrap();
+            let side = if source { Side::Source } else { Side::Destination };
+            rewrite(&mut packet, &headers, side, &new.into(), Port::new(new_port)).unwrap();
+            let expected = if source { frame(new, b, new_port, dport, tcp, &payload) } else { frame(a, new, sport, new_port, tcp, &payload) };
+            prop_assert_eq!(without_zero_sums(&packet), without_zero_sums(&expected));
+            // There and back again.
+            let headers = parse(&packet, 14, v6).unwrap();
+            let (old, old_port) = if source { (a, sport) } else { (b, dport) };
+            rewrite(&mut packet, &headers, side, &old.into(), Port::new(old_port)).unwrap();
+            prop_assert_eq!(without_zero_sums(&packet), without_zero_sums(&before));
+        }
+    }
+
+    /// 0 and 0xffff are one number in one's complement: both are right where the sum comes out as either.
+    fn without_zero_sums(frame: &[u8]) -> Vec<u8> {
+        let mut frame = frame.to_vec();
+        let v6 = frame[12..14] == [0x86, 0xdd];
+        let l4 = if v6 { 54 } else { 34 };
+        let at = match SlicedPacket::from_ethernet(&frame).unwrap().transport {
+            Some(TransportSlice::Tcp(_)) => l4 + 16,
+            _ => l4 + 6,
+        };
+        for at in [at, 24] {
+            if frame[at..at + 2] == [0xff, 0xff] && (at != 24 || !v6) {
+                frame[at..at + 2].fill(0);
+            }
+        }
+        frame
+    }
+
+    #[test]
+    fn an_sctp_packet_keeps_its_port_or_is_refused() {
+        let mut bytes = vec![0; 14];
+        bytes.extend([0x45, 0, 0, 32, 0, 0, 0, 0, 64, protocol::SCTP, 0, 0, 10, 0, 0, 1, 10, 0, 0, 2]);
+        bytes.extend([0, 80, 0, 80, 0, 0, 0, 0, 1, 2, 3, 4]);
+        let headers = parse(&bytes, 14, false).unwrap();
+        let addr = Ipv4Addr::new(10, 9, 9, 9).into();
+        assert_eq!(rewrite(&mut bytes.clone(), &headers, Side::Destination, &addr, Port::new(80)), Some(()));
+        assert_eq!(rewrite(&mut bytes, &headers, Side::Destination, &addr, Port::new(81)), None);
+    }
+}

@@ -1,0 +1,116 @@
+//! The TC hooks.
+
+use aya_ebpf::{
+    bindings::{__sk_buff, TC_ACT_SHOT, TC_ACT_UNSPEC},
+    helpers::generated::{bpf_redirect, bpf_redirect_neigh},
+    macros::classifier,
+    programs::TcContext,
+};
+use lb_common::{
+    packet::Packet as _,
+    path::{self, Action, Hook, Scratch},
+    reason::Reason,
+    tables::State as _,
+};
+
+use crate::{
+    maps::{LINK_HEADER, SCRATCH},
+    skb::Skb,
+    state::Maps,
+};
+
+/// So many bytes must be readable for a TCP packet without options.
+const HEADERS_V4: usize = 20 + 20;
+const HEADERS_V6: usize = 40 + 20;
+
+/// `pkt_type` of a frame for this host (`include/uapi/linux/if_packet.h`).
+const PACKET_HOST: u32 = 0;
+/// `pkt_type` of a frame for another host.
+const PACKET_OTHERHOST: u32 = 3;
+
+/// Packets that enter the host.
+#[classifier]
+pub fn ingress(ctx: TcContext) -> i32 {
+    let skb = ctx.skb.skb;
+    let Some(hook) = hook(skb) else { return TC_ACT_UNSPEC };
+    if !is_for_host(skb, &hook) {
+        Maps::count(Reason::NotForHost);
+        return TC_ACT_UNSPEC;
+    }
+    let mut packet = Skb { skb };
+    packet.pull(hook.link_header + if hook.v6 { HEADERS_V6 } else { HEADERS_V4 });
+    let Some(scratch) = scratch() else { return TC_ACT_UNSPEC };
+    let action = path::ingress(&mut packet, &hook, scratch, &mut Maps::of_packet(skb));
+    finish(action, &hook)
+}
+
+/// Packets that leave the host.
+#[classifier]
+pub fn egress(ctx: TcContext) -> i32 {
+    let skb = ctx.skb.skb;
+    let Some(hook) = hook(skb) else { return TC_ACT_UNSPEC };
+    let mut packet = Skb { skb };
+    packet.pull(hook.link_header + if hook.v6 { HEADERS_V6 } else { HEADERS_V4 });
+    let Some(scratch) = scratch() else { return TC_ACT_UNSPEC };
+    let action = path::egress(&mut packet, &hook, scratch, &mut Maps::of_packet(skb));
+    finish(action, &hook)
+}
+
+/// This CPU's memory to work in. TC programs of one hook don't interrupt each other.
+#[inline(always)]
+fn scratch() -> Option<&'static mut Scratch> {
+    // SAFETY: the map's value, of this CPU alone; the kernel makes it zero, which is a valid value.
+    SCRATCH.get_ptr_mut(0).map(|scratch| unsafe { &mut *scratch })
+}
+
+/// Where the packet is, if it is IP. A VLAN's packet is the VLAN device's.
+#[inline(always)]
+fn hook(skb: *mut __sk_buff) -> Option<Hook> {
+    const IPV4: u32 = 0x0800_u16.to_be() as u32;
+    const IPV6: u32 = 0x86dd_u16.to_be() as u32;
+    // SAFETY: the context is valid as long as the program runs.
+    let (protocol, vlan, device) = unsafe { ((*skb).protocol, (*skb).vlan_present, (*skb).ifindex) };
+    let v6 = match protocol {
+        IPV4 => false,
+        IPV6 => true,
+        _ => return None,
+    };
+    if vlan != 0 { None } else { Some(Hook { device, link_header: LINK_HEADER.load() as usize, v6 }) }
+}
+
+/// Whether a frame is this host's: by its type, or on a port of a bridge by the bridge's MAC address.
+#[inline(always)]
+fn is_for_host(skb: *mut __sk_buff, hook: &Hook) -> bool {
+    // SAFETY: as above.
+    match unsafe { (*skb).pkt_type } {
+        PACKET_HOST => true,
+        PACKET_OTHERHOST => is_for_bridge(skb, hook),
+        _ => false,
+    }
+}
+
+#[inline(never)]
+fn is_for_bridge(skb: *mut __sk_buff, hook: &Hook) -> bool {
+    let maps = Maps::of_packet(skb);
+    let Some(device) = maps.device(hook.device) else { return false };
+    if device.bridge == 0 {
+        return false;
+    }
+    let Some([a, b, c]) = (Skb { skb }).read::<[u16; 3]>(0) else { return false };
+    let [d, e, f, g, h, i, _, _] = device.bridge_mac;
+    a == u16::from_ne_bytes([d, e]) && b == u16::from_ne_bytes([f, g]) && c == u16::from_ne_bytes([h, i])
+}
+
+/// The verdict for the kernel. What is not ours, and what we have changed, goes on to the programs behind us.
+#[inline(always)]
+fn finish(action: Action, hook: &Hook) -> i32 {
+    Maps::count(action.reason());
+    match action {
+        Action::Next(_) => TC_ACT_UNSPEC,
+        Action::Drop(_) => TC_ACT_SHOT,
+        // SAFETY: helpers without pointers.
+        Action::Answer(_) => (unsafe { bpf_redirect(hook.device, 0) }) as i32,
+        // SAFETY: the parameters may be absent (Linux 5.10).
+        Action::Bridge(bridge, _) => (unsafe { bpf_redirect_neigh(bridge, core::ptr::null_mut(), 0, 0) }) as i32,
+    }
+}

@@ -1,0 +1,224 @@
+//! `fairlead explain`: what would happen to a packet, and why, from the function that the kernel runs.
+//!
+//! In: tables (of manifests here; of a running agent, read from its pinned maps) and packets. Out: for each packet a line of
+//! JSON or a paragraph. Never here: packets of known connections, which follow their connection.
+
+mod answer;
+mod packet;
+
+use std::{
+    fs::File,
+    io::{self, BufRead, BufReader, Write as _},
+    net::IpAddr,
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context, bail};
+use clap::{Args, ValueEnum};
+use lb_common::{
+    layout::{Device, device_flags},
+    memory::Memory,
+    tables::Tables,
+};
+
+pub use self::{
+    answer::{Answer, Verdict, explain},
+    packet::Packet,
+};
+use crate::{
+    config::KubeProxyConfiguration,
+    image::{Image, service_name},
+    model::address::parse_ip,
+    pipeline::Pipeline,
+    plan::node::{LocalDetector, NodeOptions, ProxyMode},
+    source::manifests,
+};
+
+/// What `--help` ends with.
+const EXAMPLES: &str = "\
+Examples:
+  fairlead explain tcp 10.244.1.7:40000 10.96.0.10:53
+  fairlead explain --manifests ./cluster --hostname-override node-1 udp 10.244.1.7 10.96.0.10:53
+  echo '{\"from\":\"10.0.0.2\",\"to\":\"172.30.0.41\",\"port\":80,\"protocol\":\"TCP\"}' \\
+    | fairlead explain --manifests ./cluster --hostname-override node-1 --packets - --output json";
+
+/// Say what would happen to a packet that starts a connection, and why
+#[derive(Args, Clone, Debug)]
+#[command(after_help = EXAMPLES)]
+pub struct ExplainArgs {
+    /// The packet: tcp, udp or sctp
+    #[arg(value_name = "PROTOCOL", requires = "to", conflicts_with = "packets", required_unless_present = "packets")]
+    pub protocol: Option<String>,
+    /// Where it comes from; the port is of no importance
+    #[arg(value_name = "FROM[:PORT]", requires = "to")]
+    pub from: Option<String>,
+    /// Where it is sent to
+    #[arg(value_name = "TO:PORT")]
+    pub to: Option<String>,
+    /// The interface by which the packet enters the node
+    #[arg(long, value_name = "NAME", conflicts_with = "packets")]
+    pub from_interface: Option<String>,
+    /// Packets, one JSON object a line: {"from":"10.0.0.2","to":"172.30.0.41","port":80,"protocol":"TCP","from_interface":"eth0"}; - is the standard input
+    #[arg(long, value_name = "FILE|-")]
+    pub packets: Option<PathBuf>,
+    /// Ask what a folder of manifests says, instead of the running agent
+    #[arg(long, value_name = "DIR")]
+    pub manifests: Option<PathBuf>,
+    /// kube-proxy's configuration file
+    #[arg(long, value_name = "FILE", requires = "manifests")]
+    pub config: Option<PathBuf>,
+    /// The name of the node whose view is taken; the machine's name where nothing is said
+    #[arg(long, value_name = "NAME", requires = "manifests")]
+    pub hostname_override: Option<String>,
+    /// An address on the node's interfaces; those of the Node object where none is given
+    #[arg(long = "local-address", value_name = "IP", requires = "manifests")]
+    pub local_addresses: Vec<IpAddr>,
+    /// How answers are written
+    #[arg(long, value_enum, default_value_t = Output::Text)]
+    pub output: Output,
+}
+
+/// How answers are written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum Output {
+    /// A short paragraph.
+    #[default]
+    Text,
+    /// One JSON object a line.
+    Json,
+}
+
+/// Tables with the names that people have for what is in them.
+pub trait Named {
+    /// What decisions read.
+    type Tables: Tables;
+
+    /// What decisions read.
+    fn tables(&self) -> &Self::Tables;
+    /// `namespace/name:port/PROTO` of a Service port's id.
+    fn service(&self, id: u32) -> Option<String>;
+    /// The ifindex of an interface.
+    fn interface(&self, name: &str) -> Option<u32>;
+}
+
+/// Answers every packet that the arguments name, from these tables.
+///
+/// # Errors
+///
+/// A packet can't be read, or an answer can't be written.
+pub fn answer_all<N: Named>(args: &ExplainArgs, named: &N) -> anyhow::Result<()> {
+    let mut out = io::BufWriter::new(io::stdout().lock());
+    for_each_packet(args, |packet| {
+        let answer = explain(packet, named)?;
+        match args.output {
+            Output::Json => {
+                serde_json::to_writer(&mut out, &answer)?;
+                writeln!(out)?;
+            }
+            Output::Text => writeln!(out, "{}", answer.paragraph(packet))?,
+        }
+        Ok(())
+    })?;
+    Ok(out.flush()?)
+}
+
+/// Answers from a folder of manifests: without a kernel, without privileges.
+///
+/// # Errors
+///
+/// The folder, the configuration or a packet can't be read. What in them can't be used is said on the standard error, and
+/// the rest is answered.
+pub fn run_manifests(args: &ExplainArgs, dir: &Path) -> anyhow::Result<()> {
+    answer_all(args, &Manifests::read(args, dir)?)
+}
+
+/// What the agent would write to the kernel for a folder of manifests.
+struct Manifests {
+    memory: Memory,
+    detector: LocalDetector,
+}
+
+/// Two interfaces stand for all: those by which local sources enter, and the others.
+const LOCAL_INTERFACE: u32 = 1;
+const OTHER_INTERFACE: u32 = 2;
+
+impl Manifests {
+    fn read(args: &ExplainArgs, dir: &Path) -> anyhow::Result<Self> {
+        let (options, hostname) = match &args.config {
+            Some(path) => read_config(path)?,
+            // Without kube-proxy's configuration there are no defaults of it to keep.
+            None => (NodeOptions { mode: ProxyMode::Nftables, ..NodeOptions::default() }, None),
+        };
+        let name = match args.hostname_override.clone().or(hostname) {
+            Some(name) => name,
+            None => std::fs::read_to_string("/proc/sys/kernel/hostname").context("--hostname-override is missing")?,
+        };
+        let detector = options.detector.clone();
+        let mut pipeline = Pipeline::new(&name, options, Image::default());
+        let update = manifests::read_all(dir)?;
+        update.problems.iter().for_each(|problem| eprintln!("{problem}"));
+        update.changes.into_iter().for_each(|change| pipeline.take(change));
+        pipeline.set_interfaces(match &args.local_addresses[..] {
+            [] => node_status_addresses(&pipeline),
+            addresses => addresses.to_vec(),
+        });
+        let local = Device { flags: device_flags::LOCAL_SOURCES, ..Device::default() };
+        pipeline.image_mut().set_devices(&[(LOCAL_INTERFACE, local), (OTHER_INTERFACE, Device::default())].into());
+        pipeline.compile(0);
+        pipeline.problems().for_each(|problem| eprintln!("{problem}"));
+        Ok(Self { memory: pipeline.into_image().into_memory(), detector })
+    }
+}
+
+impl Named for Manifests {
+    type Tables = Memory;
+
+    fn tables(&self) -> &Memory {
+        &self.memory
+    }
+
+    fn service(&self, id: u32) -> Option<String> {
+        self.memory.services.get(&id).and_then(service_name).map(ToOwned::to_owned)
+    }
+
+    fn interface(&self, name: &str) -> Option<u32> {
+        Some(if self.detector.takes_interface(name) { LOCAL_INTERFACE } else { OTHER_INTERFACE })
+    }
+}
+
+fn read_config(path: &Path) -> anyhow::Result<(NodeOptions, Option<String>)> {
+    let text = std::fs::read_to_string(path).with_context(|| format!("{} can't be read", path.display()))?;
+    let config = KubeProxyConfiguration::parse(&text).with_context(|| path.display().to_string())?;
+    let (options, problems) = config.node_options();
+    problems.iter().for_each(|problem| eprintln!("{}: {problem}", path.display()));
+    Ok((options, Some(config.hostname_override).filter(|name| !name.is_empty())))
+}
+
+fn node_status_addresses(pipeline: &Pipeline) -> Vec<IpAddr> {
+    let addresses = pipeline.model().node().into_iter().flat_map(|node| &node.status.addresses);
+    addresses.filter_map(|address| parse_ip(&address.address)).collect()
+}
+
+fn for_each_packet(args: &ExplainArgs, mut visit: impl FnMut(&Packet) -> anyhow::Result<()>) -> anyhow::Result<()> {
+    if let (Some(protocol), Some(from), Some(to)) = (&args.protocol, &args.from, &args.to) {
+        let mut packet = Packet::from_words(protocol, from, to)?;
+        packet.from_interface.clone_from(&args.from_interface);
+        return visit(&packet);
+    }
+    let Some(path) = &args.packets else { bail!("no packet is given; see `fairlead explain --help` for examples") };
+    let lines: Box<dyn BufRead> = if path == Path::new("-") {
+        Box::new(io::stdin().lock())
+    } else {
+        Box::new(BufReader::new(File::open(path).with_context(|| format!("{} can't be read", path.display()))?))
+    };
+    for (number, line) in (1..).zip(lines.lines()) {
+        let line = line.with_context(|| format!("{} can't be read", path.display()))?;
+        if line.trim().is_empty() {
+            continue;
+        }
+        Packet::from_json(&line)
+            .and_then(|packet| visit(&packet))
+            .with_context(|| format!("{}, line {number}", path.display()))?;
+    }
+    Ok(())
+}

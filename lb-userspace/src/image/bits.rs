@@ -1,0 +1,83 @@
+//! Who uses which bit of "may be a frontend" or "may be an endpoint".
+//!
+//! Several addresses share a bit, so users are counted. A bit outlives its last user by the longest life of a flow: a
+//! connection may still name what is gone, and a packet without its bit would never be looked up.
+
+use std::collections::{BTreeMap, VecDeque};
+
+/// Seconds after which no flow names what is gone: the idle time of an established TCP connection.
+pub const FLOW_LIFE: u64 = 24 * 60 * 60;
+
+/// The users of one array of bits.
+#[derive(Clone, Debug, Default)]
+pub struct Bits {
+    users: BTreeMap<u32, u32>,
+    /// When bits without a user may be cleared.
+    idle: BTreeMap<u32, u64>,
+    queue: VecDeque<(u64, u32)>,
+}
+
+impl Bits {
+    /// One more user.
+    pub fn add(&mut self, bit: u32) {
+        *self.users.entry(bit).or_default() += 1;
+        self.idle.remove(&bit);
+    }
+
+    /// One user less.
+    pub fn remove(&mut self, bit: u32, now: u64) {
+        if let Some(users) = self.users.get_mut(&bit) {
+            *users -= 1;
+            if *users == 0 {
+                self.users.remove(&bit);
+                self.leave(bit, now);
+            }
+        }
+    }
+
+    /// A bit that was found set; if nobody comes to use it, it is cleared some day.
+    pub fn found(&mut self, bit: u32, now: u64) {
+        if !self.users.contains_key(&bit) {
+            self.leave(bit, now);
+        }
+    }
+
+    /// Bits that nothing can name any more.
+    pub fn expire(&mut self, now: u64) -> Vec<u32> {
+        let mut expired = Vec::new();
+        while let Some((until, bit)) = self.queue.pop_front_if(|(until, _)| *until <= now) {
+            if self.idle.get(&bit) == Some(&until) {
+                self.idle.remove(&bit);
+                expired.push(bit);
+            }
+        }
+        expired
+    }
+
+    fn leave(&mut self, bit: u32, now: u64) {
+        let until = now + FLOW_LIFE;
+        self.idle.insert(bit, until);
+        self.queue.push_back((until, bit));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_bit_is_cleared_a_flows_life_after_its_last_user() {
+        let mut bits = Bits::default();
+        bits.add(7);
+        bits.add(7);
+        bits.remove(7, 0);
+        assert!(bits.expire(FLOW_LIFE).is_empty(), "one user is left");
+        bits.remove(7, 10);
+        bits.add(7);
+        bits.remove(7, 20);
+        bits.found(8, 20);
+        assert!(bits.expire(FLOW_LIFE + 19).is_empty());
+        assert_eq!(bits.expire(FLOW_LIFE + 20), [7, 8]);
+        assert!(bits.expire(u64::MAX).is_empty());
+    }
+}

@@ -1,0 +1,168 @@
+//! `model` → `plan` → `image` joined, for whoever drives them: the agent, `explain`, tests.
+//!
+//! In: changes of objects, facts about the node. Out: writes. Pure as its parts are; nothing is written before it is asked
+//! for, so a source's first list can be taken in as a whole.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+};
+
+use lb_common::{addr::Addr, layout::NodeAddress};
+
+use crate::{
+    image::{Image, Write},
+    model::{Affected, Change, Model, ObjectName, address::parse_cidr},
+    plan::{
+        Conflict, NodeView, Planner, Problem, ServicePlan, Step,
+        node::{NodeOptions, node_addresses},
+        plan_service,
+    },
+};
+
+/// The state of the cluster, what this node does about it, and what of that is in the kernel.
+#[derive(Debug)]
+pub struct Pipeline {
+    name: String,
+    options: NodeOptions,
+    interfaces: Vec<IpAddr>,
+    model: Model,
+    view: NodeView,
+    planner: Planner,
+    image: Image,
+    pending: Affected,
+    problems: BTreeMap<ObjectName, Vec<Problem>>,
+    node_problems: Vec<Problem>,
+}
+
+impl Pipeline {
+    /// A pipeline for the node of this name, beginning with what is in the kernel.
+    #[must_use]
+    pub fn new(name: &str, options: NodeOptions, image: Image) -> Self {
+        Self {
+            view: NodeView::new(name, None, &options),
+            model: Model::new(name),
+            name: name.to_owned(),
+            options,
+            interfaces: Vec::new(),
+            planner: Planner::default(),
+            image,
+            // What depends on the node is there even if no object ever comes.
+            pending: Affected { node: true, service_cidrs: true, ..Affected::default() },
+            problems: BTreeMap::new(),
+            node_problems: Vec::new(),
+        }
+    }
+
+    /// The state of the cluster.
+    #[must_use]
+    pub const fn model(&self) -> &Model {
+        &self.model
+    }
+
+    /// What is in the kernel once the writes are done.
+    #[must_use]
+    pub const fn image(&self) -> &Image {
+        &self.image
+    }
+
+    /// What is in the kernel, for whoever needs nothing else any more.
+    #[must_use]
+    pub fn into_image(self) -> Image {
+        self.image
+    }
+
+    /// For facts that concern nobody else: devices, settings, expiry of bits.
+    pub const fn image_mut(&mut self) -> &mut Image {
+        &mut self.image
+    }
+
+    /// What of the node matters to policies.
+    #[must_use]
+    pub const fn view(&self) -> &NodeView {
+        &self.view
+    }
+
+    /// What can't be used, in the order of the objects.
+    pub fn problems(&self) -> impl Iterator<Item = &Problem> {
+        self.node_problems.iter().chain(self.problems.values().flatten())
+    }
+
+    /// The frontends that a Service claims, but others have.
+    #[must_use]
+    pub fn conflicts(&self, service: &ObjectName) -> Vec<Conflict> {
+        self.planner.conflicts(service)
+    }
+
+    /// What this node would do for a Service if no other claimed its frontends.
+    #[must_use]
+    pub fn plan(&self, service: &ObjectName) -> Option<ServicePlan> {
+        let object = self.model.service(service)?;
+        plan_service(object, &self.model.backends(service), &self.view).0
+    }
+
+    /// Takes a change in. Its writes come with the next [`Self::compile`].
+    pub fn take(&mut self, change: Change) {
+        let affected = self.model.apply(change);
+        self.pending.merge(affected);
+    }
+
+    /// The addresses on the node's interfaces, loopback or not. Their writes come with the next [`Self::compile`].
+    pub fn set_interfaces(&mut self, addresses: Vec<IpAddr>) {
+        if self.interfaces != addresses {
+            self.interfaces = addresses;
+            self.pending.node = true;
+        }
+    }
+
+    /// The writes that follow from everything taken in since the last call.
+    pub fn compile(&mut self, now: u64) -> Vec<Write> {
+        let Affected { mut services, node, service_cidrs } = std::mem::take(&mut self.pending);
+        let mut writes = Vec::new();
+        if node {
+            let view = NodeView::new(&self.name, self.model.node(), &self.options);
+            let cidrs = self.options.detector.cidrs(self.model.node());
+            writes.extend(self.image.set_local_cidrs(&cidrs));
+            let (addresses, problems): (BTreeMap<Addr, NodeAddress>, _) =
+                node_addresses(&self.interfaces, &view, &self.options);
+            writes.extend(self.image.set_node_addresses(&addresses));
+            self.node_problems = problems;
+            if view != self.view {
+                self.view = view;
+                services.extend(self.model.services().map(|(name, _)| name.clone()));
+            }
+        }
+        if service_cidrs {
+            let cidrs = self.model.service_cidrs().flat_map(|cidr| &cidr.spec.cidrs);
+            let cidrs: Vec<_> = cidrs.filter_map(|text| parse_cidr(text)).collect();
+            writes.extend(self.image.set_service_cidrs(&cidrs));
+        }
+        let mut step = Step::default();
+        for service in services {
+            step.merge(self.plan_again(&service));
+        }
+        writes.extend(self.image.apply(&step, now));
+        writes
+    }
+
+    /// Removes what is in the kernel and in no plan. To be called once, after the source's first full list was compiled.
+    pub fn sweep(&mut self, now: u64) -> Vec<Write> {
+        let ports: BTreeSet<_> = self.planner.ports().cloned().collect();
+        let any_port: BTreeSet<_> = self.planner.any_port().copied().collect();
+        self.image.sweep(&ports, &any_port, now)
+    }
+
+    fn plan_again(&mut self, service: &ObjectName) -> Step {
+        let object = self.model.service(service);
+        let (plan, problems) =
+            object.map(|object| plan_service(object, &self.model.backends(service), &self.view)).unwrap_or_default();
+        let age = object.and_then(|object| object.metadata.creation_timestamp.as_deref());
+        let step = self.planner.update(service, plan, age);
+        if problems.is_empty() {
+            self.problems.remove(service);
+        } else {
+            self.problems.insert(service.clone(), problems);
+        }
+        step
+    }
+}

@@ -1,0 +1,253 @@
+//! Several Services that claim one frontend: the oldest has it, and the next takes over when it goes.
+//!
+//! In: the plan of one Service, or its absence. Out: the plans of the ports whose frontends changed, which is work
+//! proportional to that Service and to those it contends with.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
+
+use lb_common::{addr::Addr, layout::FrontendKey};
+
+use super::{PortName, PortPlan, ServicePlan};
+use crate::model::ObjectName;
+
+/// Age and name of a port: the smallest claim of a frontend wins. Objects without a time (manifests) count as oldest.
+type Claim = (Option<Arc<str>>, PortName);
+
+/// The Services' plans, with each frontend given to one of them.
+#[derive(Debug, Default)]
+pub struct Planner {
+    services: BTreeMap<ObjectName, Entry>,
+    ports: BTreeMap<PortName, PortPlan>,
+    claims: BTreeMap<FrontendKey, BTreeSet<Claim>>,
+    any_port: BTreeMap<Addr, BTreeSet<ObjectName>>,
+}
+
+#[derive(Debug)]
+struct Entry {
+    age: Option<Arc<str>>,
+    ports: Vec<PortName>,
+    any_port: Vec<Addr>,
+}
+
+/// What a change to one Service changes.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Step {
+    /// Ports with what they do now; nothing for those that are gone.
+    pub ports: BTreeMap<PortName, Option<PortPlan>>,
+    /// ClusterIPs, and whether their other ports are refused now.
+    pub any_port: BTreeMap<Addr, bool>,
+}
+
+impl Step {
+    /// Adds what a later step changes.
+    pub fn merge(&mut self, later: Self) {
+        self.ports.extend(later.ports);
+        self.any_port.extend(later.any_port);
+    }
+}
+
+/// A frontend that a port claims and another has.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Conflict {
+    /// The frontend.
+    pub key: FrontendKey,
+    /// Who has it.
+    pub winner: PortName,
+    /// Who claims it in vain.
+    pub loser: PortName,
+}
+
+impl Planner {
+    /// Takes the new plan of a Service, or its absence. `age` is its creation time.
+    pub fn update(&mut self, service: &ObjectName, plan: Option<ServicePlan>, age: Option<&str>) -> Step {
+        let mut touched: BTreeSet<PortName> = BTreeSet::new();
+        let mut addrs: BTreeSet<Addr> = BTreeSet::new();
+        let before = self.services.remove(service);
+        let had: BTreeSet<Addr> = before.iter().flat_map(|entry| entry.any_port.iter().copied()).collect();
+        for name in before.iter().flat_map(|entry| &entry.ports) {
+            let age = before.as_ref().and_then(|entry| entry.age.clone());
+            if let Some(port) = self.ports.remove(name) {
+                self.withdraw(&(age, name.clone()), &port, &mut touched);
+            }
+            touched.insert(name.clone());
+        }
+        for addr in &had {
+            if let Some(claimants) = self.any_port.get_mut(addr) {
+                claimants.remove(service);
+            }
+            addrs.insert(*addr);
+        }
+        if let Some(ServicePlan { ports, any_port, .. }) = plan {
+            let age: Option<Arc<str>> = age.map(Into::into);
+            let mut names = Vec::new();
+            for port in ports {
+                // A second port of this name and protocol, which the API server doesn't allow.
+                if self.ports.contains_key(&port.name) {
+                    continue;
+                }
+                self.claim(&(age.clone(), port.name.clone()), &port, &mut touched);
+                names.push(port.name.clone());
+                touched.insert(port.name.clone());
+                self.ports.insert(port.name.clone(), port);
+            }
+            for addr in &any_port {
+                self.any_port.entry(*addr).or_default().insert(service.clone());
+                addrs.insert(*addr);
+            }
+            self.services.insert(service.clone(), Entry { age, ports: names, any_port });
+        }
+        self.step(touched, addrs)
+    }
+
+    /// What a port does now.
+    #[must_use]
+    pub fn port(&self, name: &PortName) -> Option<PortPlan> {
+        let mut port = self.ports.get(name)?.clone();
+        port.frontends.retain(|frontend| {
+            self.claims.get(&frontend.key).and_then(BTreeSet::first).is_some_and(|(_, winner)| winner == name)
+        });
+        Some(port)
+    }
+
+    /// Every port there is.
+    pub fn ports(&self) -> impl Iterator<Item = &PortName> {
+        self.ports.keys()
+    }
+
+    /// Every address of which other ports are refused.
+    pub fn any_port(&self) -> impl Iterator<Item = &Addr> {
+        self.any_port.keys()
+    }
+
+    /// The frontends that ports of a Service claim, but others have.
+    #[must_use]
+    pub fn conflicts(&self, service: &ObjectName) -> Vec<Conflict> {
+        let ports = self.services.get(service).into_iter().flat_map(|entry| &entry.ports);
+        let claims = ports
+            .filter_map(|name| self.ports.get(name))
+            .flat_map(|port| port.frontends.iter().map(move |frontend| (&port.name, frontend.key)));
+        let lost = claims.filter_map(|(loser, key)| {
+            let (_, winner) = self.claims.get(&key)?.first()?;
+            (winner != loser).then(|| Conflict { key, winner: winner.clone(), loser: loser.clone() })
+        });
+        lost.collect()
+    }
+
+    fn claim(&mut self, claim: &Claim, port: &PortPlan, touched: &mut BTreeSet<PortName>) {
+        for frontend in &port.frontends {
+            let claims = self.claims.entry(frontend.key).or_default();
+            let before = claims.first().map(|(_, name)| name.clone());
+            claims.insert(claim.clone());
+            if claims.first() == Some(claim) {
+                touched.extend(before);
+            }
+        }
+    }
+
+    fn withdraw(&mut self, claim: &Claim, port: &PortPlan, touched: &mut BTreeSet<PortName>) {
+        for frontend in &port.frontends {
+            let Some(claims) = self.claims.get_mut(&frontend.key) else { continue };
+            let won = claims.first() == Some(claim);
+            claims.remove(claim);
+            match claims.first() {
+                Some((_, heir)) if won => _ = touched.insert(heir.clone()),
+                Some(_) => (),
+                None => _ = self.claims.remove(&frontend.key),
+            }
+        }
+    }
+
+    fn step(&mut self, touched: BTreeSet<PortName>, addrs: BTreeSet<Addr>) -> Step {
+        for addr in &addrs {
+            if self.any_port.get(addr).is_some_and(BTreeSet::is_empty) {
+                self.any_port.remove(addr);
+            }
+        }
+        let any_port = addrs.into_iter().map(|addr| (addr, self.any_port.contains_key(&addr))).collect();
+        let ports = touched.into_iter().map(|name| (name.clone(), self.port(&name))).collect();
+        Step { ports, any_port }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use lb_common::{addr::Port, layout::protocol::TCP};
+
+    use super::*;
+    use crate::{model::object::Protocol, plan::PlannedFrontend};
+
+    const SHARED: u16 = 80;
+
+    fn plan(name: &str, ports: &[u16]) -> (ObjectName, Option<ServicePlan>) {
+        let service = ObjectName::new("ns", name);
+        let frontend = |port: &u16| PlannedFrontend {
+            key: FrontendKey::new(Addr::UNSPECIFIED_V4, Port::new(*port), TCP),
+            internal: [].into(),
+            external: [].into(),
+            flags: 0,
+        };
+        let port = PortPlan {
+            name: PortName { service: service.clone(), port: "".into(), protocol: Protocol::Tcp },
+            endpoints: Vec::new(),
+            frontends: ports.iter().map(frontend).collect(),
+            source_ranges: BTreeSet::new(),
+        };
+        let any_port = vec![Addr::UNSPECIFIED_V6];
+        (service, Some(ServicePlan { ports: vec![port], any_port, local_ready: 0 }))
+    }
+
+    /// `service: ports` of a step.
+    fn text(step: &Step) -> Vec<String> {
+        let entry = |(name, port): (&PortName, &Option<PortPlan>)| {
+            let ports = port.as_ref().map(|port| {
+                port.frontends.iter().map(|frontend| frontend.key.port.number().to_string()).collect::<Vec<_>>()
+            });
+            format!("{}: {}", name.service.name, ports.map_or("gone".into(), |ports| ports.join(",")))
+        };
+        step.ports.iter().map(entry).collect()
+    }
+
+    #[test]
+    fn the_oldest_wins_and_the_next_takes_over() {
+        let mut planner = Planner::default();
+        let mut update = |name, ports: Option<&[u16]>, age| {
+            let (service, plan) = plan(name, ports.unwrap_or_default());
+            text(&planner.update(&service, plan.filter(|_| ports.is_some()), Some(age)))
+        };
+        assert_eq!(update("young", Some(&[SHARED, 81]), "2026"), ["young: 80,81"]);
+        assert_eq!(update("other", Some(&[90]), "2020"), ["other: 90"], "who shares nothing touches nobody");
+        assert_eq!(update("old", Some(&[SHARED, 82]), "2024"), ["old: 80,82", "young: 81"]);
+        assert_eq!(update("bold", Some(&[SHARED]), "2026"), ["bold: "]);
+        assert_eq!(update("old", Some(&[82]), "2024"), ["bold: 80", "old: 82"], "of one age, the name decides");
+        assert_eq!(update("bold", None, ""), ["bold: gone", "young: 80,81"]);
+        assert_eq!(update("bold", None, ""), Vec::<String>::new());
+    }
+
+    #[test]
+    fn losers_are_named() {
+        let mut planner = Planner::default();
+        for (name, age) in [("a", "2026"), ("b", "2025")] {
+            let (service, plan) = plan(name, &[SHARED]);
+            planner.update(&service, plan, Some(age));
+        }
+        let [conflict] = &planner.conflicts(&ObjectName::new("ns", "a"))[..] else { panic!() };
+        assert_eq!((&*conflict.winner.service.name, &*conflict.loser.service.name), ("b", "a"));
+        assert_eq!(planner.conflicts(&ObjectName::new("ns", "b")), []);
+    }
+
+    #[test]
+    fn other_ports_are_refused_while_anyone_has_the_address() {
+        let mut planner = Planner::default();
+        let mut update = |name, there| {
+            let (service, plan) = plan(name, &[]);
+            planner.update(&service, plan.filter(|_| there), None).any_port[&Addr::UNSPECIFIED_V6]
+        };
+        assert_eq!(
+            [update("a", true), update("b", true), update("a", false), update("b", false)],
+            [true, true, true, false]
+        );
+    }
+}

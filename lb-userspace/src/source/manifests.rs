@@ -1,0 +1,212 @@
+//! A folder of manifests, watched.
+//!
+//! In: a folder. Out: an [`Update`] with everything, then one for each change. A file is read when a writer has closed it, when
+//! it was put there by rename or link, and never while it is open for writing.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use anyhow::Context;
+use notify::{
+    Event, EventKind,
+    event::{AccessKind, AccessMode, ModifyKind, RenameMode},
+};
+use tokio::sync::mpsc;
+
+use super::{
+    Problem, Update,
+    folder::{Folder, is_hidden, is_manifest},
+    store::Store,
+};
+
+/// Editors and renames take a name away and give it back at once: so long is waited before an object counts as gone.
+const RETURN: Duration = Duration::from_millis(2);
+
+/// The manifests of a folder.
+pub struct Manifests {
+    folder: Folder,
+    store: Store,
+    events: mpsc::UnboundedReceiver<Signal>,
+    /// Received, and not acted upon yet.
+    pending: Vec<Signal>,
+    unreadable: BTreeMap<Arc<Path>, Problem>,
+    told: Option<(Vec<Problem>, usize)>,
+}
+
+/// What inotify has to say, as far as it matters.
+enum Signal {
+    /// A file is complete, or gone.
+    File(PathBuf),
+    /// A name appeared, disappeared or stands for something else.
+    Name(PathBuf),
+    /// Signals were lost.
+    Lost,
+}
+
+impl Manifests {
+    /// Begins to watch a folder.
+    ///
+    /// # Errors
+    ///
+    /// When there is no such folder, or it can't be watched.
+    pub fn open(dir: &Path) -> anyhow::Result<Self> {
+        let root = existing(dir)?;
+        let (sender, events) = mpsc::unbounded_channel();
+        let watcher = notify::recommended_watcher(move |event| {
+            for signal in signals(event) {
+                // The receiver goes when the agent does.
+                let _ = sender.send(signal);
+            }
+        })
+        .context("inotify is not to be had; raise it with `sysctl fs.inotify.max_user_instances=1024`")?;
+        let folder = Folder::new(root, Some(watcher));
+        Ok(Self {
+            folder,
+            store: Store::default(),
+            events,
+            pending: Vec::new(),
+            unreadable: BTreeMap::new(),
+            told: None,
+        })
+    }
+
+    /// Waits for a change. The first call gives everything at once. No change is lost if the wait is given up.
+    pub async fn next(&mut self) -> Option<Update> {
+        if self.told.is_none() {
+            self.rescan();
+            let update = self.store.take(&self.unreadable);
+            self.told = Some((update.problems.clone(), update.skipped));
+            return Some(Update { first: true, ..update });
+        }
+        loop {
+            if self.pending.is_empty() {
+                let signal = self.events.recv().await?;
+                self.pending.push(signal);
+            }
+            self.drain();
+            if self.pending.iter().any(is_gone) {
+                tokio::time::sleep(RETURN).await;
+                self.drain();
+            }
+            let signals = std::mem::take(&mut self.pending);
+            self.take_in(signals);
+            let update = self.store.take(&self.unreadable);
+            let now = Some((update.problems.clone(), update.skipped));
+            if !update.changes.is_empty() || now != self.told {
+                self.told = now;
+                return Some(update);
+            }
+        }
+    }
+
+    fn drain(&mut self) {
+        while let Ok(signal) = self.events.try_recv() {
+            self.pending.push(signal);
+        }
+    }
+
+    fn take_in(&mut self, signals: Vec<Signal>) {
+        let mut files = BTreeSet::new();
+        let mut rescan = false;
+        for signal in signals {
+            match signal {
+                Signal::Lost => rescan = true,
+                Signal::File(path) => {
+                    rescan |= self.unreadable.contains_key(&*path);
+                    files.insert(path);
+                }
+                Signal::Name(path) => {
+                    if self.folder.leads_to_root(&path) || self.folder.contains(&path) {
+                        self.folder.forget(&path);
+                        rescan = true;
+                    } else if is_hidden(&path) {
+                        // `..data`, through which the files of a mounted ConfigMap are seen.
+                        rescan |= path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b".."));
+                    } else if path.is_dir() {
+                        rescan = true;
+                    } else {
+                        files.insert(path);
+                    }
+                }
+            }
+        }
+        for path in files {
+            if is_manifest(&path) && path.parent().is_some_and(|parent| self.folder.contains(parent)) {
+                self.store.read(&path);
+            }
+        }
+        if rescan {
+            self.rescan();
+        }
+    }
+
+    fn rescan(&mut self) {
+        self.unreadable = rescan(&mut self.folder, &mut self.store);
+    }
+}
+
+/// Reads a folder once.
+///
+/// # Errors
+///
+/// When there is no such folder.
+pub fn read_all(dir: &Path) -> anyhow::Result<Update> {
+    let mut folder = Folder::new(existing(dir)?, None);
+    let mut store = Store::default();
+    let unreadable = rescan(&mut folder, &mut store);
+    Ok(Update { first: true, ..store.take(&unreadable) })
+}
+
+/// Whether a name that mattered stands for nothing now.
+fn is_gone(signal: &Signal) -> bool {
+    matches!(signal, Signal::Name(path) if fs::symlink_metadata(path).is_err())
+}
+
+fn existing(dir: &Path) -> anyhow::Result<PathBuf> {
+    let root = std::path::absolute(dir).with_context(|| format!("{}: no path", dir.display()))?;
+    fs::read_dir(&root).with_context(|| {
+        format!("{}: the folder of manifests can't be read; create it, or name another", dir.display())
+    })?;
+    Ok(root)
+}
+
+/// Walks through the folder, reads what is not as it was, and names the folders that can't be listed.
+fn rescan(folder: &mut Folder, store: &mut Store) -> BTreeMap<Arc<Path>, Problem> {
+    let listing = folder.list();
+    let known: Vec<_> = store.files_under(Path::new("/")).collect();
+    for path in known {
+        let listed = listing.files.contains_key(&*path);
+        if !listed && !listing.unreadable.keys().any(|folder| path.starts_with(folder)) {
+            store.remove(&path);
+        }
+    }
+    for (path, stamp) in &listing.files {
+        if stamp.is_none_or(|stamp| !store.is_current(path, stamp)) {
+            store.read(path);
+        }
+    }
+    listing.unreadable
+}
+
+/// What matters of an event. That a file was opened, or written to, doesn't: it will be closed.
+fn signals(event: notify::Result<Event>) -> Vec<Signal> {
+    let Ok(event) = event else { return vec![Signal::Lost] };
+    if event.need_rescan() {
+        return vec![Signal::Lost];
+    }
+    let signal: fn(PathBuf) -> Signal = match event.kind {
+        EventKind::Access(AccessKind::Close(AccessMode::Write)) | EventKind::Modify(ModifyKind::Metadata(_)) => {
+            Signal::File
+        }
+        // Reported a second time as one name that went and another that came.
+        EventKind::Modify(ModifyKind::Name(RenameMode::Both)) => return Vec::new(),
+        EventKind::Create(_) | EventKind::Remove(_) | EventKind::Modify(ModifyKind::Name(_)) => Signal::Name,
+        EventKind::Any | EventKind::Access(_) | EventKind::Modify(_) | EventKind::Other => return Vec::new(),
+    };
+    event.paths.into_iter().map(signal).collect()
+}

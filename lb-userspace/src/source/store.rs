@@ -1,0 +1,247 @@
+//! Which object stands in which file, and what it said when last seen.
+//!
+//! In: files that may have changed. Out: the difference, an object once. Of an object only a hash is kept. The first file by path
+//! order that names an object has it.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    hash::{DefaultHasher, Hash, Hasher},
+    path::Path,
+    sync::Arc,
+};
+
+use super::{
+    Problem, Update,
+    content::{Content, Stamp},
+    parse::{self, Parsed},
+};
+use crate::model::{Change, Interner, Kind, Object, ObjectName};
+
+type Key = (Kind, ObjectName);
+
+/// The files and their objects.
+#[derive(Default)]
+pub(super) struct Store {
+    interner: Interner,
+    files: BTreeMap<Arc<Path>, FileState>,
+    owners: BTreeMap<Key, Owner>,
+    /// Objects that several files name.
+    contested: BTreeSet<Key>,
+    /// Files that have problems of their own.
+    troubled: BTreeSet<Arc<Path>>,
+    skipped: usize,
+    /// Objects that are to be told.
+    upserts: Vec<Change>,
+    /// Hashes of objects that have just lost their last file, which is to be told unless another file turns out to have them.
+    released: BTreeMap<Key, u64>,
+    /// Files that inherited an object from another file.
+    heirs: BTreeSet<Arc<Path>>,
+}
+
+#[derive(Default)]
+struct FileState {
+    stamp: Option<Stamp>,
+    /// The objects that it names and the documents that do, sorted.
+    objects: Vec<(Key, u32)>,
+    problems: Vec<Problem>,
+    skipped: usize,
+}
+
+struct Owner {
+    file: Arc<Path>,
+    /// Of what was told last.
+    hash: u64,
+    /// Other files that name the object.
+    rivals: Option<Box<BTreeSet<Arc<Path>>>>,
+}
+
+impl Store {
+    /// Whether the file is known in this very state.
+    pub(super) fn is_current(&self, path: &Path, stamp: Stamp) -> bool {
+        self.files.get(path).is_some_and(|file| file.stamp == Some(stamp))
+    }
+
+    /// Files of this folder and of those below it.
+    pub(super) fn files_under(&self, folder: &Path) -> impl Iterator<Item = Arc<Path>> {
+        let from = self.files.range::<Path, _>((std::ops::Bound::Included(folder), std::ops::Bound::Unbounded));
+        from.map(|(path, _)| path.clone()).take_while(move |path| path.starts_with(folder))
+    }
+
+    /// Reads a file that may have changed, and those that inherit from it.
+    pub(super) fn read(&mut self, path: &Path) {
+        self.read_one(path);
+        while let Some(heir) = self.heirs.pop_first() {
+            self.read_one(&heir);
+        }
+    }
+
+    /// Forgets a file that is gone.
+    pub(super) fn remove(&mut self, path: &Path) {
+        self.forget(path);
+        while let Some(heir) = self.heirs.pop_first() {
+            self.read_one(&heir);
+        }
+    }
+
+    /// Hands over the changes since the last time, with the problems of now.
+    pub(super) fn take(&mut self, folders: &BTreeMap<Arc<Path>, Problem>) -> Update {
+        let mut changes = std::mem::take(&mut self.upserts);
+        let gone = std::mem::take(&mut self.released).into_keys();
+        changes.extend(gone.map(|(kind, name)| Change::Delete(kind, name)));
+        let files = self.troubled.iter().filter_map(|path| self.files.get(path)).flat_map(|file| &file.problems);
+        let mut problems: Vec<Problem> = files.chain(folders.values()).cloned().collect();
+        for key in &self.contested {
+            let Some(Owner { file, rivals: Some(rivals), .. }) = self.owners.get(key) else { continue };
+            problems.extend(rivals.iter().map(|rival| Problem {
+                file: rival.to_path_buf(),
+                document: self.files.get(rival).and_then(|state| state.document(key)),
+                object: Some(format!("{} {}", key.0, key.1)),
+                field: None,
+                message: format!("{} has the same object and counts; remove one of the two", file.display()),
+            }));
+        }
+        problems.sort();
+        Update { changes, problems, skipped: self.skipped, first: false }
+    }
+
+    fn read_one(&mut self, path: &Path) {
+        match Content::read(path) {
+            Content::Gone => self.forget(path),
+            // Its end will be announced.
+            Content::Busy => {}
+            Content::Failed(error) => {
+                let problem = Problem {
+                    file: path.to_owned(),
+                    message: format!("can't be read: {error}; what it said before stays in force until it can"),
+                    ..Problem::default()
+                };
+                let path = self.shared(path);
+                let file = self.files.entry(path.clone()).or_default();
+                file.stamp = None;
+                file.problems = vec![problem];
+                self.troubled.insert(path);
+            }
+            Content::Whole(bytes, stamp) => {
+                let parsed = parse::parse(path, &bytes, &mut self.interner);
+                drop(bytes);
+                self.set(path, parsed, stamp);
+            }
+        }
+    }
+
+    fn shared(&self, path: &Path) -> Arc<Path> {
+        self.files.get_key_value(path).map_or_else(|| path.into(), |(path, _)| path.clone())
+    }
+
+    fn set(&mut self, path: &Path, parsed: Parsed, stamp: Option<Stamp>) {
+        let path = self.shared(path);
+        let old = self.files.remove(&path).unwrap_or_default();
+        let mut problems = parsed.problems;
+        let mut objects: BTreeMap<Key, u32> = BTreeMap::new();
+        for (document, object) in parsed.objects {
+            let key = (object.kind(), object.name());
+            if let Some(earlier) = objects.get(&key) {
+                problems.push(Problem {
+                    file: path.to_path_buf(),
+                    document: Some(document),
+                    object: Some(format!("{} {}", key.0, key.1)),
+                    field: None,
+                    message: format!("document {earlier} has the same object and counts; remove one of the two"),
+                });
+                continue;
+            }
+            self.claim(&key, &path, object);
+            objects.insert(key, document as u32);
+        }
+        for (document, kind, name) in parsed.kept {
+            let key = (kind, name);
+            if old.document(&key).is_some() {
+                objects.entry(key).or_insert(document as u32);
+            }
+        }
+        for (key, document) in old.objects {
+            if parsed.unidentified {
+                objects.entry(key).or_insert(document);
+            } else if !objects.contains_key(&key) {
+                self.release(&key, &path);
+            }
+        }
+        self.skipped = self.skipped - old.skipped + parsed.skipped;
+        if problems.is_empty() {
+            self.troubled.remove(&path);
+        } else {
+            self.troubled.insert(path.clone());
+        }
+        let objects = objects.into_iter().collect();
+        self.files.insert(path, FileState { stamp, objects, problems, skipped: parsed.skipped });
+    }
+
+    fn forget(&mut self, path: &Path) {
+        let Some((path, file)) = self.files.remove_entry(path) else { return };
+        self.skipped -= file.skipped;
+        self.troubled.remove(&path);
+        for (key, _) in &file.objects {
+            self.release(key, &path);
+        }
+    }
+
+    /// A file names an object.
+    fn claim(&mut self, key: &Key, path: &Arc<Path>, object: Object) {
+        let mut hasher = DefaultHasher::new();
+        object.hash(&mut hasher);
+        let hash = hasher.finish();
+        let Some(owner) = self.owners.get_mut(key) else {
+            self.owners.insert(key.clone(), Owner { file: path.clone(), hash, rivals: None });
+            if self.released.remove(key) != Some(hash) {
+                self.upserts.push(Change::Upsert(object));
+            }
+            return;
+        };
+        if *path > owner.file {
+            owner.rivals.get_or_insert_default().insert(path.clone());
+            self.contested.insert(key.clone());
+            return;
+        }
+        if *path < owner.file {
+            let rivals = owner.rivals.get_or_insert_default();
+            rivals.remove(path);
+            rivals.insert(std::mem::replace(&mut owner.file, path.clone()));
+            self.contested.insert(key.clone());
+        }
+        if owner.hash != hash {
+            owner.hash = hash;
+            self.upserts.push(Change::Upsert(object));
+        }
+    }
+
+    /// A file names an object no more.
+    fn release(&mut self, key: &Key, path: &Arc<Path>) {
+        let Some(owner) = self.owners.get_mut(key) else { return };
+        let mut rivals = owner.rivals.take().unwrap_or_default();
+        if owner.file != *path {
+            rivals.remove(path);
+        } else if let Some(heir) = rivals.pop_first() {
+            // What the heir says is not kept. The object stays as it is until the heir has been read again.
+            owner.file = heir.clone();
+            self.heirs.insert(heir);
+        } else {
+            let hash = owner.hash;
+            self.owners.remove(key);
+            self.contested.remove(key);
+            self.released.insert(key.clone(), hash);
+            return;
+        }
+        if rivals.is_empty() {
+            self.contested.remove(key);
+        } else {
+            owner.rivals = Some(rivals);
+        }
+    }
+}
+
+impl FileState {
+    fn document(&self, key: &Key) -> Option<usize> {
+        let at = self.objects.binary_search_by(|(candidate, _)| candidate.cmp(key)).ok()?;
+        Some(self.objects[at].1 as usize)
+    }
+}

@@ -1,0 +1,72 @@
+//! The temporary folder of one lab, locked while its owner lives, so that a later run can tell leftovers from labs in use.
+//!
+//! It is the first thing a lab makes and the last it removes: a namespace, cgroup or mount of ours without a locked folder is a leftover.
+
+use std::ffi::{OsStr, OsString};
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use anyhow::{Context, Result};
+
+/// What every name of ours on the file system starts with.
+pub const PREFIX: &str = "fairlead-lab-";
+
+static NEXT: AtomicU32 = AtomicU32::new(1);
+
+/// A lab's own folder; `id` is part of every name that the lab gives to something global.
+#[derive(Debug)]
+pub struct Folder {
+    id: String,
+    path: PathBuf,
+    _lock: File,
+}
+
+impl Folder {
+    /// Makes and locks a folder that no other lab has.
+    pub fn create() -> Result<Self> {
+        let id = format!("{}-{}", process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+        let path = of(&id);
+        fs::create_dir(&path).with_context(|| format!("creating {}", path.display()))?;
+        let lock = File::create(path.join("lock")).context("creating the lab's lock")?;
+        lock.try_lock().context("locking the lab's folder")?;
+        Ok(Self { id, path, _lock: lock })
+    }
+
+    /// `<pid>-<n>`.
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+/// The folder that a lab with this id has or had.
+pub fn of(id: &str) -> PathBuf {
+    std::env::temp_dir().join(format!("{PREFIX}{id}"))
+}
+
+/// Whether the lab with this id still has an owner.
+pub fn in_use(id: &str) -> bool {
+    File::open(of(id).join("lock")).is_ok_and(|file| file.try_lock().is_err())
+}
+
+/// The ids of all lab folders, in use or not.
+pub fn all() -> Vec<String> {
+    let Ok(entries) = fs::read_dir(std::env::temp_dir()) else { return Vec::new() };
+    let mut ids: Vec<String> = entries.flatten().filter_map(|entry| id_in(&entry.file_name())).collect();
+    ids.sort();
+    ids
+}
+
+fn id_in(name: &OsStr) -> Option<String> {
+    let name = OsString::from(name).into_string().ok()?;
+    let id = name.strip_prefix(PREFIX)?;
+    let (pid, n) = id.split_once('-')?;
+    let number = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
+    (number(pid) && number(n)).then(|| id.to_owned())
+}

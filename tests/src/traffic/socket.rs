@@ -1,0 +1,76 @@
+//! Sockets that std can't make: TCP with a chosen source and a bounded connect, UDP that hears of refusals while unconnected.
+//! In: addresses. Out: std's types. Never here: a wait without an end.
+
+use std::io;
+use std::net::{SocketAddr, TcpStream, UdpSocket};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::time::Duration;
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, connect, ipproto, socket_with, sockopt};
+
+/// Connects within `timeout`, from `source` where one is given; the socket is in the calling thread's namespace.
+pub fn connect_tcp(source: Option<SocketAddr>, to: SocketAddr, timeout: Duration) -> io::Result<TcpStream> {
+    let family = if to.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket: OwnedFd = socket_with(family, SocketType::STREAM, flags, Some(ipproto::TCP))?;
+    if let Some(source) = source {
+        sockopt::set_socket_reuseaddr(&socket, true)?;
+        bind(&socket, &source)?;
+    }
+    match connect(&socket, &to) {
+        Ok(()) => {}
+        Err(rustix::io::Errno::INPROGRESS) => {
+            let mut events = [PollFd::new(&socket, PollFlags::OUT)];
+            let limit = Timespec { tv_sec: timeout.as_secs().cast_signed(), tv_nsec: timeout.subsec_nanos().into() };
+            if poll(&mut events, Some(&limit))? == 0 {
+                return Err(io::ErrorKind::TimedOut.into());
+            }
+            sockopt::socket_error(&socket)??;
+        }
+        Err(error) => return Err(error.into()),
+    }
+    let stream = TcpStream::from(socket);
+    stream.set_nonblocking(false)?;
+    stream.set_nodelay(true)?;
+    stream.set_read_timeout(Some(timeout))?;
+    stream.set_write_timeout(Some(timeout))?;
+    Ok(stream)
+}
+
+/// A UDP socket for talking to `to`, bound to `source` where one is given, not connected.
+pub fn udp_for(source: Option<SocketAddr>, to: SocketAddr, timeout: Duration) -> io::Result<UdpSocket> {
+    let any = if to.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
+    let socket = match source {
+        Some(source) => UdpSocket::bind(source)?,
+        None => UdpSocket::bind(any)?,
+    };
+    socket.set_read_timeout(Some(timeout))?;
+    Ok(socket)
+}
+
+/// Lets an unconnected UDP socket hear of ICMP errors (IP_RECVERR), as resolvers do.
+pub fn hear_errors(socket: &UdpSocket) -> io::Result<()> {
+    let (level, option) = if socket.local_addr()?.is_ipv4() {
+        (libc::IPPROTO_IP, libc::IP_RECVERR)
+    } else {
+        (libc::IPPROTO_IPV6, libc::IPV6_RECVERR)
+    };
+    let on: libc::c_int = 1;
+    // SAFETY: the descriptor is open for the call, and the option's value is an int that lives through it.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            level,
+            option,
+            (&raw const on).cast(),
+            size_of::<libc::c_int>() as libc::socklen_t,
+        )
+    };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// A read that ran into its time limit is a timeout, whatever the kernel calls it.
+pub fn as_timeout(error: io::Error) -> io::Error {
+    if error.kind() == io::ErrorKind::WouldBlock { io::ErrorKind::TimedOut.into() } else { error }
+}

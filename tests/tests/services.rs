@@ -1,0 +1,446 @@
+//! Services, with an agent on each node and real sockets: every client reaches every endpoint by every address, and what is no
+//! endpoint any more gets nothing.
+
+#![expect(clippy::unwrap_used, reason = "a helper of a test fails as the test does")]
+
+use std::collections::BTreeSet;
+use std::io::{self, ErrorKind};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use tests::manifest::{PodObject, Service, SliceEndpoint, endpoint_slice, node_object};
+use tests::traffic::client::{ask_datagram, ask_on, echo_on, upload};
+use tests::{Agent, Answer, Client, Lab, Protocol, Server, Topology, Wiring, topology};
+
+/// What every server listens on.
+const TARGET: u16 = 8080;
+
+const PROTOCOLS: [Protocol; 3] = [Protocol::Tcp, Protocol::Udp, Protocol::UdpUnconnected];
+
+/// How soon a change has to be effective; far above what it takes, so that a busy machine fails nothing.
+const SOON: Duration = Duration::from_secs(3);
+
+/// A lab with an agent on each node and a server in every pod, on every node and outside.
+struct Cluster {
+    agents: Vec<Agent>,
+    _servers: Vec<Server>,
+    lab: Lab,
+}
+
+impl Cluster {
+    fn new(topology: Topology, flags: &[&str], write: impl Fn(&Lab)) -> Self {
+        let lab = Lab::new(topology);
+        let mut servers: Vec<Server> = lab.pods().map(|pod| lab.serve(pod, TARGET)).collect();
+        servers.extend(lab.nodes.iter().map(|node| lab.serve_on_node(node, TARGET)));
+        servers.push(lab.serve_outside(TARGET));
+        lab.manifests().write_list("nodes.json", lab.nodes.iter().map(node_object));
+        write(&lab);
+        let agents = lab.nodes.iter().map(|node| Agent::start(&lab, node, flags)).collect();
+        Self { agents, _servers: servers, lab }
+    }
+
+    /// The usual one: a Service `web` of all pods, 10.96.0.10, NodePort 30080, LoadBalancer 10.99.1.10.
+    fn web(topology: Topology, flags: &[&str]) -> Self {
+        Self::new(topology, flags, |lab| {
+            lab.manifests().write("web.json", web());
+            for pod in lab.pods() {
+                lab.manifests().write(&format!("pod-{}.json", pod.name), PodObject::of(pod).label("app", "web"));
+            }
+        })
+    }
+
+    fn relabel(&self, node: u8, pod: u8, app: &str) {
+        let pod = self.lab.pod(node, pod);
+        self.lab.manifests().write(&format!("pod-{}.json", pod.name), PodObject::of(pod).label("app", app));
+    }
+
+    fn relabel_all(&self, app: &str) {
+        for node in &self.lab.nodes {
+            for pod in 1..=self.lab.topology().pods_per_node {
+                self.relabel(node.number, pod, app);
+            }
+        }
+    }
+}
+
+fn web() -> Service {
+    addressed(Service::new("web").selector("app", "web"), 10)
+}
+
+/// Gives a Service everything by which it can be reached: ClusterIPs 10.96.0.N, NodePort 30000+N, LoadBalancer addresses 10.99.1.N.
+fn addressed(service: Service, number: u16) -> Service {
+    service
+        .dual_stack(number)
+        .node_port("tcp", "TCP", 80, TARGET, 30_000 + number)
+        .node_port("udp", "UDP", 80, TARGET, 30_000 + number)
+        .load_balancer(&load_balancer(number))
+}
+
+fn load_balancer(number: u16) -> [IpAddr; 2] {
+    let v6 = Ipv6Addr::new(0xfd00, 0x99, 1, 0, 0, 0, 0, number);
+    [IpAddr::from([10, 99, 1, u8::try_from(number).unwrap()]), v6.into()]
+}
+
+fn cluster_ips(number: u16) -> [SocketAddr; 2] {
+    let v6 = Ipv6Addr::new(0xfd00, 0x10, 0x96, 0, 0, 0, 0, number);
+    [SocketAddr::from(([10, 96, 0, u8::try_from(number).unwrap()], 80)), SocketAddr::from((v6, 80))]
+}
+
+/// By what a Service is reached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum By {
+    ClusterIp,
+    NodePort(u8),
+    LoadBalancer,
+}
+
+impl By {
+    const ALL: [Self; 4] = [Self::ClusterIp, Self::NodePort(1), Self::NodePort(2), Self::LoadBalancer];
+
+    fn addresses(self, number: u16) -> [SocketAddr; 2] {
+        match self {
+            Self::ClusterIp => cluster_ips(number),
+            Self::NodePort(node) => [
+                SocketAddr::from((topology::node_v4(node), 30_000 + number)),
+                SocketAddr::from((topology::node_v6(node), 30_000 + number)),
+            ],
+            Self::LoadBalancer => load_balancer(number).map(|address| SocketAddr::new(address, 80)),
+        }
+    }
+}
+
+/// Everyone who may ask, by name.
+fn clients(lab: &Lab) -> Vec<(String, Client)> {
+    let pods = lab.pods().map(|pod| (pod.name.clone(), lab.client(pod)));
+    let nodes = lab.nodes.iter().map(|node| (node.name.clone(), lab.host_client(node)));
+    pods.chain(nodes).chain([("outside".to_owned(), lab.outside_client())]).collect()
+}
+
+/// The addresses by which a name is known.
+fn own_addresses(lab: &Lab, name: &str) -> [IpAddr; 2] {
+    if let Some(pod) = lab.pods().find(|pod| pod.name == name) {
+        return [pod.v4.into(), pod.v6.into()];
+    }
+    if let Some(node) = lab.nodes.iter().find(|node| node.name == name) {
+        return [node.v4().into(), node.v6().into()];
+    }
+    [topology::OUTSIDE_V4.into(), topology::OUTSIDE_V6.into()]
+}
+
+fn refused(answer: &io::Result<Answer>) -> bool {
+    answer.as_ref().is_err_and(|error| error.kind() == ErrorKind::ConnectionRefused)
+}
+
+/// One Service for each kind of endpoint, each with one endpoint: its number and the endpoint's name.
+const KINDS: [(u16, &str); 5] = [(11, "p1-1"), (12, "p2-1"), (13, "node1"), (14, "node2"), (15, "outside")];
+
+fn one_service_a_kind(lab: &Lab) {
+    for (number, endpoint) in KINDS {
+        let service = Service::new(&format!("to-{endpoint}"));
+        let service = if endpoint == "outside" { service } else { service.selector("app", endpoint) };
+        lab.manifests().write(&format!("service-{endpoint}.json"), addressed(service, number));
+    }
+    for pod in lab.pods() {
+        lab.manifests().write(&format!("pod-{}.json", pod.name), PodObject::of(pod).label("app", &pod.name));
+    }
+    for node in &lab.nodes {
+        lab.manifests().write(&format!("pod-{}.json", node.name), PodObject::on_host(node).label("app", &node.name));
+    }
+    for address in own_addresses(lab, "outside") {
+        let family = if address.is_ipv4() { "v4" } else { "v6" };
+        let endpoint = SliceEndpoint { address, node: String::new(), serving: true, terminating: false };
+        let ports = [("tcp", "TCP", TARGET), ("udp", "UDP", TARGET)];
+        let mut slice = endpoint_slice(&format!("to-outside-{family}"), "to-outside", &ports, &[endpoint]);
+        slice["endpoints"][0].as_object_mut().unwrap().remove("nodeName");
+        lab.manifests().write(&format!("slice-{family}.json"), slice);
+    }
+}
+
+/// Asks for every pair of client and endpoint, by every address, and lists what went wrong.
+fn everyone_asks_everyone(cluster: &Cluster, pods_at_the_socket: bool) -> Vec<String> {
+    let lab = &cluster.lab;
+    let mut wrong = Vec::new();
+    for (name, client) in clients(lab) {
+        let client = client.with_timeout(Duration::from_millis(500));
+        for (number, endpoint) in KINDS {
+            for by in By::ALL {
+                if name == "outside" && by == By::ClusterIp {
+                    continue;
+                }
+                for (family, to) in by.addresses(number).into_iter().enumerate() {
+                    for protocol in PROTOCOLS {
+                        let what = format!("{name} asks {endpoint} by {by:?}, {protocol:?} {to}");
+                        match client.ask(protocol, to) {
+                            Err(error) => wrong.push(format!("{what}: {error}")),
+                            Ok(answer) if answer.by != endpoint => wrong.push(format!("{what}: {} answers", answer.by)),
+                            Ok(answer) => {
+                                let kept = answer.from.ip() == own_addresses(lab, &name)[family];
+                                // A pod that reaches itself through its Service is masqueraded, unless no packet leaves it.
+                                let expected = name != endpoint || pods_at_the_socket;
+                                let pods = name.starts_with('p') && endpoint != "outside";
+                                if by == By::ClusterIp && pods && kept != expected {
+                                    wrong.push(format!("{what}: seen as {}", answer.from));
+                                }
+                                if by != By::ClusterIp && name == "outside" && endpoint.starts_with('p') && kept {
+                                    wrong.push(format!("{what}: not masqueraded"));
+                                }
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+    wrong
+}
+
+fn assert_everyone_reaches_everyone(topology: &Topology, flags: &[&str]) {
+    let cluster = Cluster::new(topology.clone(), flags, one_service_a_kind);
+    let wrong = everyone_asks_everyone(&cluster, flags.contains(&"all"));
+    assert!(wrong.is_empty(), "{topology:?} {flags:?}: {} wrong:\n{}", wrong.len(), wrong.join("\n"));
+    if topology.cni_rules {
+        for node in &cluster.lab.nodes {
+            assert_eq!(cluster.lab.cni_counter(node, "invalid"), 0, "INVALID packets on {}: {topology:?}", node.name);
+        }
+    }
+}
+
+#[test]
+fn everyone_reaches_every_endpoint_over_ptp_veths() {
+    for cni_rules in [false, true] {
+        assert_everyone_reaches_everyone(&Topology { cni_rules, ..Topology::default() }, &[]);
+    }
+}
+
+#[test]
+fn everyone_reaches_every_endpoint_over_clsact() {
+    let topology = Topology { cni_rules: true, ..Topology::default() };
+    assert_everyone_reaches_everyone(&topology, &["--attach", "clsact"]);
+}
+
+#[test]
+fn everyone_reaches_every_endpoint_over_a_bridge() {
+    for netfilter in [false, true] {
+        for hairpin_mode in [false, true] {
+            let wiring = Wiring::Bridge { hairpin_mode, netfilter };
+            assert_everyone_reaches_everyone(&Topology { wiring, cni_rules: true, ..Topology::default() }, &[]);
+        }
+    }
+}
+
+#[test]
+fn everyone_reaches_every_endpoint_with_pods_translated_at_the_socket() {
+    let topology = Topology { cni_rules: true, ..Topology::default() };
+    assert_everyone_reaches_everyone(&topology, &["--socket-lb", "all"]);
+}
+
+#[test]
+fn all_endpoints_of_a_service_get_their_share() {
+    let cluster = Cluster::web(Topology::default(), &[]);
+    for (name, client) in clients(&cluster.lab) {
+        let by = if name == "outside" { By::LoadBalancer } else { By::ClusterIp };
+        for to in by.addresses(10) {
+            for protocol in PROTOCOLS {
+                let tally =
+                    client.tally(protocol, to, 200).unwrap_or_else(|error| panic!("{name} {protocol:?} {to}: {error}"));
+                let least = tally.values().min().copied().unwrap_or(0);
+                // 50 expected; below 20 once in a million runs.
+                assert!(tally.len() == 4 && least >= 20, "{name} {protocol:?} {to}: {tally:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_pod_without_the_label_gets_no_new_connection_and_keeps_its_old_ones() {
+    let cluster = Cluster::web(Topology { cni_rules: true, ..Topology::default() }, &[]);
+    let lab = &cluster.lab;
+    for (name, client) in clients(lab) {
+        let by = if name == "outside" { By::NodePort(1) } else { By::ClusterIp };
+        let to = by.addresses(10)[0];
+        let mut held: Vec<_> = (0..40).map(|_| client.connect(to).unwrap()).collect();
+        let before: Vec<Answer> = held.iter_mut().map(|stream| ask_on(stream).unwrap()).collect();
+        cluster.relabel(2, 1, "parked");
+        thread::sleep(Duration::from_millis(100));
+        let tally = client.tally(Protocol::Tcp, to, 60).unwrap();
+        assert!(!tally.contains_key("p2-1"), "{name}: {tally:?}");
+        for (stream, before) in held.iter_mut().zip(&before) {
+            assert_eq!(&ask_on(stream).unwrap(), before, "{name}: a connection moved");
+            echo_on(stream, 64 * 1024, 1).unwrap();
+        }
+        cluster.relabel(2, 1, "web");
+        client
+            .ask_until(Protocol::Tcp, to, SOON, |answer| answer.as_ref().is_ok_and(|answer| answer.by == "p2-1"))
+            .unwrap_or_else(|error| panic!("{name}: p2-1 does not come back: {error}"));
+    }
+}
+
+#[test]
+fn a_service_without_endpoints_refuses_everyone_at_once() {
+    let cluster = Cluster::web(Topology { cni_rules: true, ..Topology::default() }, &[]);
+    cluster.relabel_all("parked");
+    let mut wrong = Vec::new();
+    for (name, client) in clients(&cluster.lab) {
+        for by in By::ALL {
+            if name == "outside" && by == By::ClusterIp {
+                continue;
+            }
+            for to in by.addresses(10) {
+                for protocol in PROTOCOLS {
+                    let what = format!("{name} by {by:?}, {protocol:?} {to}");
+                    if let Err(error) = client.ask_until(protocol, to, Duration::from_millis(500), refused) {
+                        wrong.push(format!("{what}: {error}"));
+                        continue;
+                    }
+                    let (took, _) = client.ask_timed(protocol, to);
+                    if took > Duration::from_millis(100) {
+                        wrong.push(format!("{what}: refused after {took:?} only"));
+                    }
+                }
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{} wrong:\n{}", wrong.len(), wrong.join("\n"));
+}
+
+#[test]
+fn a_udp_client_follows_when_its_endpoint_goes_and_when_endpoints_come() {
+    let cluster = Cluster::web(Topology::default(), &[]);
+    let lab = &cluster.lab;
+    for (name, client) in clients(lab) {
+        let by = if name == "outside" { By::NodePort(1) } else { By::ClusterIp };
+        for to in by.addresses(10) {
+            // Unconnected, so that it is one socket to its end whatever errors come back.
+            let client = client.clone().with_timeout(Duration::from_millis(50));
+            let socket = client.udp(to).unwrap();
+            let first = ask_datagram(&socket, to).unwrap_or_else(|error| panic!("{name} {to}: {error}")).by;
+            let (node, pod) = first[1..].split_once('-').unwrap();
+            let (node, pod) = (node.parse().unwrap(), pod.parse().unwrap());
+            let until = |what: &str, wanted: &dyn Fn(&str) -> bool| {
+                let start = Instant::now();
+                loop {
+                    match ask_datagram(&socket, to) {
+                        Ok(answer) if wanted(&answer.by) => return,
+                        last => assert!(start.elapsed() < SOON, "{name} {to}: {what}: {last:?}"),
+                    }
+                }
+            };
+            cluster.relabel(node, pod, "parked");
+            until("its endpoint went", &|by| by != first);
+            cluster.relabel_all("parked");
+            client.ask_until(Protocol::Udp, to, SOON, refused).unwrap();
+            let _ = ask_datagram(&socket, to);
+            cluster.relabel_all("web");
+            until("endpoints came", &|_| true);
+        }
+    }
+}
+
+#[test]
+fn streams_of_a_gigabyte_and_requests_of_64_kib_arrive_unbroken() {
+    let cluster = Cluster::web(Topology { cni_rules: true, ..Topology::default() }, &[]);
+    let lab = &cluster.lab;
+    let cases =
+        [("a pod", lab.client(lab.pod(1, 1)), By::ClusterIp), ("outside", lab.outside_client(), By::NodePort(1))];
+    for (name, client, by) in cases {
+        let client = client.with_timeout(Duration::from_secs(20));
+        for to in by.addresses(10) {
+            upload(&mut client.connect(to).unwrap(), 1 << 30, 5).unwrap_or_else(|error| panic!("{name} {to}: {error}"));
+            client.stream(to, 64 << 20).unwrap_or_else(|error| panic!("{name} {to}: {error}"));
+            for _ in 0..4 {
+                client.echo(to, 64 * 1024, 200).unwrap_or_else(|error| panic!("{name} {to}: {error}"));
+                client.echo_datagrams(to, 1200, 200).unwrap_or_else(|error| panic!("{name} {to}: {error}"));
+            }
+        }
+    }
+    for node in &lab.nodes {
+        assert_eq!(lab.cni_counter(node, "invalid"), 0, "INVALID packets on {}", node.name);
+    }
+}
+
+#[test]
+fn no_connection_to_a_lasting_endpoint_fails_while_agents_are_killed_and_others_come_and_go() {
+    let mut cluster = Cluster::web(Topology { pods_per_node: 3, ..Topology::default() }, &[]);
+    let stop = AtomicBool::new(false);
+    let askers: Vec<(&str, Client, SocketAddr)> = vec![
+        ("a pod", cluster.lab.client(cluster.lab.pod(1, 1)), By::ClusterIp.addresses(10)[0]),
+        ("a pod", cluster.lab.client(cluster.lab.pod(2, 1)), By::ClusterIp.addresses(10)[1]),
+        ("node1", cluster.lab.host_client(cluster.lab.node(1)), By::ClusterIp.addresses(10)[0]),
+        ("outside", cluster.lab.outside_client(), By::NodePort(1).addresses(10)[0]),
+    ];
+    // Pods that leave keep serving, as a Pod does while it terminates, so that no connection may fail at all.
+    let seconds = 20;
+    let results: Vec<(&str, usize, Vec<String>)> = thread::scope(|scope| {
+        let workers: Vec<_> = askers
+            .iter()
+            .map(|(name, client, to)| {
+                scope.spawn(|| {
+                    let (mut made, mut broken) = (0, Vec::new());
+                    while !stop.load(Ordering::Relaxed) {
+                        let round = Instant::now();
+                        for result in client.each(Protocol::Tcp, *to, 25) {
+                            match result {
+                                Ok(_) => made += 1,
+                                Err(error) => broken.push(error.to_string()),
+                            }
+                        }
+                        // 25 in 100 ms, by four clients: a thousand a second.
+                        thread::sleep(Duration::from_millis(100).saturating_sub(round.elapsed()));
+                    }
+                    (*name, made, broken)
+                })
+            })
+            .collect();
+        for second in 0..seconds {
+            match second {
+                4 | 9 | 14 => cluster.agents.iter_mut().for_each(Agent::kill),
+                5 | 10 | 15 => cluster.agents.iter_mut().for_each(Agent::restart),
+                _ => {}
+            }
+            for pod in [2, 3] {
+                cluster.relabel(1 + second % 2, pod, if second % 4 < 2 { "parked" } else { "web" });
+            }
+            thread::sleep(Duration::from_secs(1));
+        }
+        stop.store(true, Ordering::Relaxed);
+        workers.into_iter().map(|worker| worker.join().unwrap()).collect()
+    });
+    let made: usize = results.iter().map(|(_, made, _)| made).sum();
+    for (name, _, broken) in &results {
+        let kinds: BTreeSet<&String> = broken.iter().collect();
+        assert!(broken.is_empty(), "{name}: {} of {made} connections failed: {kinds:?}", broken.len());
+    }
+    assert!(made > 10_000, "only {made} connections were made");
+}
+
+#[test]
+fn sigterm_leaves_the_data_plane_and_cleanup_removes_it() {
+    let mut cluster = Cluster::web(Topology::default(), &[]);
+    let client = cluster.lab.client(cluster.lab.pod(1, 1)).with_timeout(Duration::from_millis(300));
+    let to = By::ClusterIp.addresses(10)[0];
+    for agent in &mut cluster.agents {
+        assert!(agent.terminate().success(), "SIGTERM is no failure");
+    }
+    client.ask(Protocol::Tcp, to).unwrap();
+    for agent in &cluster.agents {
+        agent.cleanup();
+        let left = std::fs::read_dir(agent.bpffs()).unwrap().count();
+        assert_eq!(left, 0, "pins are left in {}", agent.bpffs().display());
+    }
+    assert_eq!(client.ask(Protocol::Tcp, to).unwrap_err().kind(), ErrorKind::TimedOut);
+    let links = cluster.lab.node(1).netns.exec("tc", &["qdisc", "show"]).unwrap();
+    assert!(!links.contains("clsact"), "{links}");
+}
+
+#[test]
+fn a_second_agent_on_one_folder_is_told_who_has_it() {
+    let cluster = Cluster::web(Topology { nodes: 1, ..Topology::default() }, &[]);
+    let lab = &cluster.lab;
+    let mut second = Agent::new(lab, lab.node(1), lab.manifests().path(), &[]).unwrap();
+    second.spawn().unwrap();
+    let error = second.wait_ready(Duration::from_secs(10)).unwrap_err().to_string();
+    let holder = cluster.agents[0].pid().unwrap().to_string();
+    assert!(error.contains(&holder), "the error names process {holder}: {error}");
+}

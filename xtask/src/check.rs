@@ -1,0 +1,78 @@
+//! `cargo xtask check`: what can be said about the source and the object without running it. Every check runs, also after one failed.
+
+use std::path::PathBuf;
+use std::process::{Command, ExitCode};
+
+use anyhow::{Context, Result, bail, ensure};
+use clap::Args;
+
+use crate::process;
+use crate::setup;
+use crate::workspace;
+
+/// What to check.
+#[derive(Args)]
+pub struct Options {}
+
+/// Returns what is worth saying beside `ok`.
+type Check = fn() -> Result<String>;
+
+/// Runs all checks; the exit code is 0 if none found anything.
+pub fn run(_options: &Options) -> Result<ExitCode> {
+    setup::ensure()?;
+    // One after another: two cargos at once wait for each other.
+    let checks: [(&str, Check); 3] = [("format", format), ("lints", lints), ("no panic in the eBPF object", no_panics)];
+    let mut failed = 0;
+    for (name, check) in checks {
+        match check() {
+            Ok(detail) => println!("ok      {name}{detail}"),
+            Err(error) => {
+                println!("FAILED  {name}: {error:#}");
+                failed += 1;
+            }
+        }
+    }
+    Ok(if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn format() -> Result<String> {
+    process::run("cargo fmt", &mut workspace::cargo(&["fmt", "--all", "--check"]))?;
+    Ok(String::new())
+}
+
+fn lints() -> Result<String> {
+    let arguments = ["clippy", "--workspace", "--all-targets", "--", "--deny", "warnings"];
+    process::run("cargo clippy", &mut workspace::cargo(&arguments))?;
+    Ok(String::new())
+}
+
+/// A panic compiles and then makes the verifier refuse the program with a message that says nothing about it.
+fn no_panics() -> Result<String> {
+    workspace::build_agent()?;
+    let object = object();
+    ensure!(object.exists(), "there is no object at {}", object.display());
+    let nm = symbol_lister()?;
+    let output = Command::new(&nm).arg(&object).output().with_context(|| format!("running {}", nm.display()))?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    ensure!(output.status.success(), "{}: {}", nm.display(), String::from_utf8_lossy(&output.stderr));
+    let panics: Vec<&str> = text.lines().filter(|line| line.contains("panic")).collect();
+    if !panics.is_empty() {
+        bail!("an index, a division or an unwrap is left in the programs; symbols:\n{}", panics.join("\n"));
+    }
+    Ok(format!(" ({} symbols)", text.lines().count()))
+}
+
+fn object() -> PathBuf {
+    match std::env::var_os("LB_EBPF_OBJECT") {
+        Some(path) => PathBuf::from(path),
+        None => workspace::target().join("ebpf/bpfel-unknown-none/release/lb"),
+    }
+}
+
+fn symbol_lister() -> Result<PathBuf> {
+    let debian = PathBuf::from("/usr/lib/llvm-22/bin/llvm-nm");
+    if debian.exists() {
+        return Ok(debian);
+    }
+    workspace::find_program("llvm-nm").context("llvm-nm is in no folder of PATH; install LLVM's binary tools")
+}
