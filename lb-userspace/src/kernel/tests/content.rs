@@ -33,7 +33,7 @@ fn some_of_all() -> Vec<Write> {
         Device { masquerade_v4: addr(1), bridge: 7, bridge_mac: [1, 2, 3, 4, 5, 6, 0, 0], ..Device::default() };
     let cover = Cover { network: addr(0), mask: addr(255) };
     let mut writes = vec![
-        Write::Slots(0, vec![0, 1, 2]),
+        Write::Slots(0, vec![3, 1, 2]),
         Write::Slots(10, vec![2, 1]),
         Write::Service(1, Box::new([b'x'; 200])),
         Write::Service(2, Box::new([b'y'; 200])),
@@ -93,6 +93,18 @@ fn what_is_removed_is_gone_and_what_was_not_there_does_not_matter() {
         assert_eq!(memory.source_ranges.len(), 1);
         assert_eq!(memory.service_cidrs.len(), 1);
         assert!(memory.local_cidrs.is_empty() && memory.node_addresses.is_empty() && memory.devices.is_empty());
+    });
+}
+
+#[test]
+fn a_bit_that_is_cleared_leaves_its_neighbours() {
+    lab(|lab| {
+        let mut kernel = lab.open();
+        kernel.apply(&[1, 2, 70].map(Write::FrontendBit)).unwrap();
+        drop(kernel);
+        let mut kernel = lab.open();
+        kernel.apply(&[Write::ClearFrontendBit(1), Write::FrontendBit(3), Write::ClearFrontendBit(70)]).unwrap();
+        assert_eq!(kernel.memory().unwrap().frontend_bits, [2, 3].into());
     });
 }
 
