@@ -111,7 +111,7 @@ fn generations_in(root: &Path) -> Result<Vec<u64>> {
     Ok(numbers)
 }
 
-/// Names in a folder; none where it does not exist.
+/// Names in a folder; none where it does not exist. Names with a dot are the kernel's own in bpffs, and left out.
 pub fn names(dir: &Path) -> Result<Vec<String>> {
     let entries = match fs::read_dir(dir) {
         Ok(entries) => entries,
@@ -120,16 +120,18 @@ pub fn names(dir: &Path) -> Result<Vec<String>> {
     };
     let mut names = Vec::new();
     for entry in entries {
-        names.push(
-            entry.with_context(|| format!("cannot list {}", dir.display()))?.file_name().to_string_lossy().into(),
-        );
+        let entry = entry.with_context(|| format!("cannot list {}", dir.display()))?;
+        let name = entry.file_name().to_string_lossy().into_owned();
+        if !name.contains('.') {
+            names.push(name);
+        }
     }
     names.sort_unstable();
     Ok(names)
 }
 
 fn is_bpffs(path: &Path) -> bool {
-    statfs(path).is_ok_and(|stat| i64::from(stat.f_type) == BPF_FS)
+    statfs(path).is_ok_and(|stat| stat.f_type == BPF_FS)
 }
 
 fn mount_bpffs(root: &Path) -> Result<()> {

@@ -15,7 +15,7 @@ use std::{
 
 use anyhow::{Context as _, Result};
 use aya::programs::{
-    TcAttachType,
+    TcAttachType, loaded_programs,
     tc::{NlOptions, SchedClassifierLink, TcAttachOptions, TcHandle},
 };
 use tracing::{info, warn};
@@ -107,6 +107,8 @@ pub struct Port {
 pub struct Links {
     dir: PathBuf,
     mechanism: Mechanism,
+    /// Whether a device may be an exception.
+    auto: bool,
 }
 
 /// What stands in the folder of links.
@@ -147,8 +149,8 @@ pub struct Attached {
     pub link: Option<u32>,
     /// Id of the program, where the kernel tells.
     pub program_id: Option<u32>,
-    /// Programs that run before ours at this hook and may end the chain.
-    pub before: Vec<u32>,
+    /// Programs that run before ours at this hook, by id and name: they may end the chain.
+    pub before: Vec<(u32, String)>,
     /// Whether the link still has its device.
     pub live: bool,
 }
@@ -164,7 +166,7 @@ impl Links {
             Attach::Auto => Mechanism::Clsact,
         };
         info!(?attach, ?mechanism, "programs are attached to devices by this mechanism");
-        Self { dir, mechanism }
+        Self { dir, mechanism, auto: attach == Attach::Auto }
     }
 
     /// How programs are attached to devices.
@@ -180,7 +182,7 @@ impl Links {
     pub fn attach(&self, programs: &mut Programs, port: &Port) -> Result<()> {
         for hook in Hook::ALL {
             let what = || format!("cannot attach {} to device {} (ifindex {})", hook.name(), port.name, port.ifindex);
-            match self.mechanism {
+            match self.mechanism_for(hook, port).with_context(what)? {
                 Mechanism::Tcx => {
                     let program = programs.classifier_fd(hook.name(), port.ethernet)?;
                     self.attach_tcx(program.as_fd(), hook, port).with_context(what)?;
@@ -192,10 +194,20 @@ impl Links {
                 }
             }
         }
-        if self.mechanism == Mechanism::Tcx {
-            self.remove_qdisc(port.ifindex)?;
+        self.remove_qdisc(port.ifindex)
+    }
+
+    /// TCX runs before clsact, on the way out too. So where someone has clsact filters on the way out, ours is the last of
+    /// them, unless the operator asked for TCX.
+    fn mechanism_for(&self, hook: Hook, port: &Port) -> Result<Mechanism> {
+        if self.auto && self.mechanism == Mechanism::Tcx && hook == Hook::Egress {
+            let ours = (priority(hook), u32::from(HANDLE));
+            if netlink::filters(port.ifindex, false)?.iter().any(|filter| *filter != ours) {
+                info!(device = port.name, "egress is a clsact filter here, behind those of others");
+                return Ok(Mechanism::Clsact);
+            }
         }
-        Ok(())
+        Ok(self.mechanism)
     }
 
     fn attach_tcx(&self, program: BorrowedFd<'_>, hook: Hook, port: &Port) -> Result<()> {
@@ -251,9 +263,11 @@ impl Links {
         Ok(())
     }
 
+    /// Removes the qdisc if it is ours and no filter of ours is in it.
     fn remove_qdisc(&self, ifindex: u32) -> Result<()> {
         let path = self.dir.join(format!("qdisc-{ifindex}"));
-        if path.exists() {
+        let needed = Hook::ALL.iter().any(|hook| self.path("clsact", *hook, ifindex).exists());
+        if path.exists() && !needed {
             netlink::remove_clsact_if_unused(ifindex)?;
             fs::remove_dir(&path).with_context(|| format!("cannot remove {}", path.display()))?;
         }
@@ -347,7 +361,7 @@ pub fn status(dir: &Path) -> Result<Vec<Attached>> {
                 let Ok(shape) = shape() else { continue };
                 let chain = sys::query_tcx(ifindex, hook.attach_type()).unwrap_or_default();
                 let place = chain.iter().position(|(_, id)| *id == shape.id);
-                let before = chain.iter().take(place.unwrap_or(0)).map(|(program, _)| *program).collect();
+                let before = named(chain.iter().take(place.unwrap_or(0)));
                 attached.push(Attached {
                     ifindex: Some(ifindex),
                     program: hook.name().into(),
@@ -364,11 +378,7 @@ pub fn status(dir: &Path) -> Result<Vec<Attached>> {
                 mechanism: Some(Mechanism::Clsact),
                 link: None,
                 program_id: None,
-                before: sys::query_tcx(ifindex, hook.attach_type())
-                    .unwrap_or_default()
-                    .iter()
-                    .map(|(program, _)| *program)
-                    .collect(),
+                before: named(sys::query_tcx(ifindex, hook.attach_type()).unwrap_or_default().iter()),
                 live: netlink::has_filter(ifindex, hook == Hook::Ingress, priority(hook), HANDLE.into())
                     .unwrap_or(false),
             }),
@@ -388,6 +398,14 @@ pub fn status(dir: &Path) -> Result<Vec<Attached>> {
         }
     }
     Ok(attached)
+}
+
+fn named<'a>(chain: impl Iterator<Item = &'a (u32, u32)>) -> Vec<(u32, String)> {
+    let name = |id| {
+        let infos = loaded_programs().filter_map(Result::ok).find(|info| info.id() == id)?;
+        Some(infos.name_as_str()?.to_owned())
+    };
+    chain.map(|(id, _)| (*id, name(*id).unwrap_or_default())).collect()
 }
 
 /// Replaces a link's program; false if what it was attached to is gone.

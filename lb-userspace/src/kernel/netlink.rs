@@ -134,13 +134,11 @@ pub fn filters(ifindex: u32, ingress: bool) -> Result<Vec<(u16, u32)>> {
     };
     Ok(answers
         .into_iter()
-        .filter_map(|answer| match answer {
-            RouteNetlinkMessage::NewTrafficFilter(filter) => {
-                let handle = u32::from(filter.header.handle);
-                // Handle 0 stands for the preference itself.
-                (handle != 0).then(|| (u16::try_from(filter.header.info >> 16).unwrap_or(0), handle))
-            }
-            _ => None,
+        .filter_map(|answer| {
+            let RouteNetlinkMessage::NewTrafficFilter(filter) = answer else { return None };
+            let handle = u32::from(filter.header.handle);
+            // Handle 0 stands for the preference itself.
+            (handle != 0).then(|| (u16::try_from(filter.header.info >> 16).unwrap_or(0), handle))
         })
         .collect())
 }

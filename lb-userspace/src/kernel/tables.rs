@@ -3,16 +3,14 @@
 //! In: [`Write`]s in order, pinned maps. Out: as few bpf(2) calls as the order allows; a [`Memory`]. A table that is full is
 //! reported, not grown, here.
 
-use std::{
-    cell::Cell,
-    collections::{BTreeMap, BTreeSet},
-    io,
-    os::fd::BorrowedFd,
-    path::Path,
-};
+use std::{cell::Cell, collections::BTreeMap, io, os::fd::BorrowedFd, path::Path};
 
 use anyhow::{Context as _, Result};
-use lb_common::{layout::Range, memory::Memory};
+use lb_common::{
+    addr::Addr,
+    layout::{Device, Frontend, FrontendKey, NodeAddress, PrefixKey, ServiceName},
+    memory::Memory,
+};
 
 use super::{
     object::{Table, open_table},
@@ -58,6 +56,15 @@ struct Run {
     removes: bool,
     keys: Vec<u8>,
     values: Vec<u8>,
+}
+
+fn put<K: aya::Pod, V: aya::Pod>(run: &mut Run, key: &K, value: &V) {
+    remove(run, key);
+    run.values.extend_from_slice(bytes_of(std::slice::from_ref(value)));
+}
+
+fn remove<K: aya::Pod>(run: &mut Run, key: &K) {
+    run.keys.extend_from_slice(bytes_of(std::slice::from_ref(key)));
 }
 
 impl Store {
@@ -138,14 +145,18 @@ impl Store {
         run.map_or(Ok(()), |run| self.flush(&run))
     }
 
+    fn set_bit(&mut self, run: &mut Run, bit: u32, on: bool) {
+        let (word, mask) = (bit / 64, 1_u64 << (bit % 64));
+        let shadow = self.words.entry((run.table, word)).or_default();
+        *shadow = if on { *shadow | mask } else { *shadow & !mask };
+        if run.keys.ends_with(bytes_of(&[word])) {
+            run.keys.truncate(run.keys.len() - size_of_val(&word));
+            run.values.truncate(run.values.len() - size_of_val(shadow));
+        }
+        put(run, &word, shadow);
+    }
+
     fn add(&mut self, run: &mut Run, write: &Write) {
-        fn put<K: aya::Pod, V: aya::Pod>(run: &mut Run, key: &K, value: &V) {
-            run.keys.extend_from_slice(bytes_of(std::slice::from_ref(key)));
-            run.values.extend_from_slice(bytes_of(std::slice::from_ref(value)));
-        }
-        fn remove<K: aya::Pod>(run: &mut Run, key: &K) {
-            run.keys.extend_from_slice(bytes_of(std::slice::from_ref(key)));
-        }
         match write {
             Write::Endpoint(id, endpoint) => put(run, id, endpoint),
             Write::Slots(first, ids) => {
@@ -157,23 +168,8 @@ impl Store {
             Write::SourceRange(prefix) | Write::LocalCidr(prefix) | Write::ServiceCidr(prefix) => {
                 put(run, prefix, &1_u32);
             }
-            Write::FrontendBit(bit)
-            | Write::EndpointBit(bit)
-            | Write::ClearFrontendBit(bit)
-            | Write::ClearEndpointBit(bit) => {
-                let (word, mask) = (bit / 64, 1_u64 << (bit % 64));
-                let shadow = self.words.entry((run.table, word)).or_default();
-                if matches!(write, Write::FrontendBit(_) | Write::EndpointBit(_)) {
-                    *shadow |= mask;
-                } else {
-                    *shadow &= !mask;
-                }
-                if run.keys.ends_with(bytes_of(&[word])) {
-                    run.keys.truncate(run.keys.len() - 4);
-                    run.values.truncate(run.values.len() - 8);
-                }
-                put(run, &word, shadow);
-            }
+            Write::FrontendBit(bit) | Write::EndpointBit(bit) => self.set_bit(run, *bit, true),
+            Write::ClearFrontendBit(bit) | Write::ClearEndpointBit(bit) => self.set_bit(run, *bit, false),
             Write::Frontend(key, frontend) => put(run, key, frontend),
             Write::NodeAddress(addr, flags) => put(run, addr, flags),
             Write::Device(ifindex, device) => put(run, ifindex, device),
@@ -244,19 +240,12 @@ impl Store {
     /// Everything that is in the tables. While another process writes, each entry is whole, but two entries may be of
     /// different times.
     ///
-    /// Arrays do not tell what was never written: endpoints of zeros are left out, and slots of zero unless a frontend's range
-    /// holds them.
+    /// Arrays do not tell what was never written: slots and endpoints of zeros are left out, and no endpoint has id 0.
     pub fn read(&self) -> Result<Memory> {
         let mut memory = Memory::default();
-        self.each(Table::Frontends, |key, value| drop(memory.frontends.insert(key, value)))?;
-        let mut ranges: Vec<Range> =
-            memory.frontends.values().flat_map(|frontend| [frontend.internal, frontend.external]).collect();
-        ranges.sort_unstable();
-        ranges.dedup();
-        let used: BTreeSet<u32> =
-            ranges.iter().flat_map(|range| range.offset..range.offset.saturating_add(range.len)).collect();
-        self.each(Table::Slots, |slot, id| {
-            if id != 0 || used.contains(&slot) {
+        self.each(Table::Frontends, |key: FrontendKey, value: Frontend| memory.frontends.extend([(key, value)]))?;
+        self.each(Table::Slots, |slot: u32, id: u32| {
+            if id != 0 {
                 memory.slots.insert(slot, id);
             }
         })?;
@@ -265,12 +254,14 @@ impl Store {
                 memory.endpoints.insert(id, endpoint);
             }
         })?;
-        self.each(Table::Services, |id, name| drop(memory.services.insert(id, name)))?;
-        self.each(Table::SourceRanges, |prefix, _: u32| drop(memory.source_ranges.insert(prefix)))?;
-        self.each(Table::LocalCidrs, |prefix, _: u32| drop(memory.local_cidrs.insert(prefix)))?;
-        self.each(Table::ServiceCidrs, |prefix, _: u32| drop(memory.service_cidrs.insert(prefix)))?;
-        self.each(Table::NodeAddresses, |addr, flags| drop(memory.node_addresses.insert(addr, flags)))?;
-        self.each(Table::Devices, |ifindex, device| drop(memory.devices.insert(ifindex, device)))?;
+        self.each(Table::Services, |id: u32, name: ServiceName| memory.services.extend([(id, name)]))?;
+        self.each(Table::SourceRanges, |prefix: PrefixKey, _: u32| memory.source_ranges.extend([prefix]))?;
+        self.each(Table::LocalCidrs, |prefix: PrefixKey, _: u32| memory.local_cidrs.extend([prefix]))?;
+        self.each(Table::ServiceCidrs, |prefix: PrefixKey, _: u32| memory.service_cidrs.extend([prefix]))?;
+        self.each(Table::NodeAddresses, |addr: Addr, flags: NodeAddress| {
+            memory.node_addresses.extend([(addr, flags)])
+        })?;
+        self.each(Table::Devices, |ifindex: u32, device: Device| memory.devices.extend([(ifindex, device)]))?;
         self.each(Table::Settings, |_: u32, settings| memory.settings = settings)?;
         self.each(Table::FrontendBits, |word, bits| memory.frontend_bits.extend(set_bits(word, bits)))?;
         self.each(Table::EndpointBits, |word, bits| memory.endpoint_bits.extend(set_bits(word, bits)))?;
@@ -291,7 +282,6 @@ const fn place(write: &Write) -> (Table, bool) {
         Write::RemoveService(_) => (Table::Services, true),
         Write::SourceRange(_) => (Table::SourceRanges, false),
         Write::RemoveSourceRange(_) => (Table::SourceRanges, true),
-        // A bit is written with its whole word, set or cleared.
         Write::FrontendBit(_) | Write::ClearFrontendBit(_) => (Table::FrontendBits, false),
         Write::EndpointBit(_) | Write::ClearEndpointBit(_) => (Table::EndpointBits, false),
         Write::Frontend(..) => (Table::Frontends, false),
@@ -310,9 +300,7 @@ const fn place(write: &Write) -> (Table, bool) {
 
 /// Does to memory what the writes add, and nothing of what they remove: the most that the tables must hold meanwhile.
 pub fn add_to(memory: &mut Memory, writes: &[Write]) {
-    for write in writes.iter().filter(|write| !place(write).1) {
-        write.apply(memory);
-    }
+    writes.iter().filter(|write| !place(write).1).for_each(|write| write.apply(memory));
 }
 
 /// The writes that fill one empty table with what memory holds.

@@ -9,7 +9,7 @@ use anyhow::{Context as _, Result};
 use futures::{FutureExt as _, StreamExt as _, channel::mpsc::UnboundedReceiver};
 use rtnetlink::{
     MulticastGroup, new_multicast_connection,
-    packet_core::{NetlinkMessage, NetlinkPayload},
+    packet_core::{NLM_F_ACK, NetlinkMessage, NetlinkPayload},
     packet_route::{
         AddressFamily, RouteNetlinkMessage,
         address::{AddressAttribute, AddressFlags, AddressHeaderFlags, AddressMessage, AddressScope},
@@ -121,6 +121,10 @@ impl Watch {
         match message {
             RouteNetlinkMessage::NewLink(message) => {
                 let Some(mut link) = link(message) else { return false };
+                if link.peer == Some(0) {
+                    // Told in the middle of making the pair. The answer comes when that is done.
+                    link.peer = ask(link.ifindex).and_then(|link| link.peer).filter(|peer| *peer != 0);
+                }
                 let before = self.snapshot.links.get(&link.ifindex);
                 link.birth = before.map_or_else(
                     || {
@@ -158,6 +162,18 @@ impl Watch {
             _ => false,
         }
     }
+}
+
+/// One link, as it is now.
+fn ask(ifindex: u32) -> Option<Link> {
+    let mut question = LinkMessage::default();
+    question.header.index = ifindex;
+    netlink::request(RouteNetlinkMessage::GetLink(question), NLM_F_ACK).ok()?.into_iter().find_map(
+        |answer| match answer {
+            RouteNetlinkMessage::NewLink(message) => link(message),
+            _ => None,
+        },
+    )
 }
 
 #[expect(clippy::wildcard_enum_match_arm, reason = "links have many attributes that do not matter here")]
