@@ -216,7 +216,6 @@ impl Agent {
             return;
         }
         let begin = Instant::now();
-        let known = self.problems();
         let now = self.now();
         let mut writes = self.pipeline.compile(now);
         // The node's primary addresses, which rows of devices depend on, are known only now.
@@ -234,13 +233,9 @@ impl Agent {
                 microseconds: u64::try_from(begin.elapsed().as_micros()).unwrap_or(u64::MAX),
             });
         }
-        for problem in self.problems().into_iter().filter(|problem| !known.contains(problem)) {
+        for problem in self.pipeline.fresh_problems() {
             warn!("{problem}");
         }
-    }
-
-    fn problems(&self) -> Vec<String> {
-        self.pipeline.problems().map(ToString::to_string).collect()
     }
 
     fn write(&mut self, writes: &[crate::image::Write]) {
@@ -313,20 +308,14 @@ impl Agent {
         .map(|(name, kind)| (name.to_owned(), count(kind)))
         .into();
         report.devices = self.snapshot.links.values().map(|link| (link.ifindex, link.name.clone())).collect();
-        report.problems = self.problems();
+        report.problems = self.pipeline.problems().iter().map(ToString::to_string).collect();
         report.problems.extend(self.report.source_problems.iter().map(Problem::to_string));
-        report.problems.extend(self.conflicts());
         report.problems.extend(self.failed.iter().map(|text| format!("tables: {text}")));
         report.problems.extend(self.attach_failed.iter().map(|text| format!("attachment: {text}")));
         let statistics = self.kernel.statistics();
         report.bpf_calls = statistics.calls;
         report.entries_written = statistics.entries;
         report
-    }
-
-    fn conflicts(&self) -> Vec<String> {
-        let names = self.pipeline.model().services().map(|(name, _)| name);
-        names.flat_map(|name| self.pipeline.conflicts(name)).map(|conflict| conflict.to_string()).collect()
     }
 
     fn services(&self) -> Vec<ServiceReport> {

@@ -55,8 +55,8 @@ struct Program {
     ifindex: Option<u32>,
     mechanism: &'static str,
     live: bool,
-    /// Ids of programs that run before it and may end the chain.
-    before: Vec<u32>,
+    /// Programs that run before it and may end the chain.
+    before: Vec<String>,
 }
 
 #[derive(Serialize)]
@@ -173,7 +173,7 @@ impl Program {
                 None => "cgroup",
             },
             live,
-            before,
+            before: before.into_iter().map(|(id, name)| format!("{name} (program {id})")).collect(),
         }
     }
 
@@ -187,8 +187,9 @@ impl Program {
         }
         (!self.before.is_empty()).then(|| {
             format!(
-                "{device}: programs {:?} run before {} and may keep packets from it; see `bpftool net`",
-                self.before, self.program
+                "{device}: {} may keep packets from {}, running before it; see `bpftool net`",
+                self.before.join(", "),
+                self.program
             )
         })
     }

@@ -13,7 +13,7 @@ use crate::{image::service_name, model::object::Protocol};
 /// A table with these headings, which a terminal's width doesn't break.
 pub fn new(headings: &[&str]) -> Table {
     let mut table = Table::new();
-    table.load_preset(NOTHING).set_header(headings.iter().map(|heading| heading.to_uppercase()));
+    table.load_style(NOTHING).set_header(headings.iter().map(|heading| heading.to_uppercase()));
     table
 }
 
