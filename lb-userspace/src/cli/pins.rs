@@ -73,6 +73,8 @@ impl Folder {
     }
 
     fn has_pins(&self) -> bool {
-        std::fs::read_dir(&self.bpffs).is_ok_and(|mut entries| entries.next().is_some())
+        // The kernel puts files of its own into every bpffs (`maps.debug`).
+        let is_dir = |entry: std::io::Result<std::fs::DirEntry>| entry.is_ok_and(|entry| entry.path().is_dir());
+        std::fs::read_dir(&self.bpffs).is_ok_and(|mut entries| entries.any(is_dir))
     }
 }

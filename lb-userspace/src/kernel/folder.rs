@@ -154,8 +154,10 @@ fn lock(root: &Path) -> Result<File> {
     match flock(&dir, FlockOperation::NonBlockingLockExclusive) {
         Ok(()) => Ok(dir),
         Err(error) if error == rustix::io::Errno::WOULDBLOCK => {
-            let inode = dir.metadata().with_context(|| format!("cannot stat {}", root.display()))?.ino();
-            let holder = fs::read_to_string("/proc/locks").ok().and_then(|locks| holder(&locks, inode));
+            let folder = dir.metadata().with_context(|| format!("cannot stat {}", root.display()))?;
+            let (major, minor) = (rustix::fs::major(folder.dev()), rustix::fs::minor(folder.dev()));
+            let file = format!("{major:02x}:{minor:02x}:{}", folder.ino());
+            let holder = fs::read_to_string("/proc/locks").ok().and_then(|locks| holder(&locks, &file));
             bail!(
                 "another agent has {} (--bpffs): {}; stop it first, or give this one a folder of its own",
                 root.display(),
@@ -166,12 +168,12 @@ fn lock(root: &Path) -> Result<File> {
     }
 }
 
-/// The process that holds a lock on the inode, from the text of `/proc/locks`.
-fn holder(locks: &str, inode: u64) -> Option<u32> {
+/// The process that holds a lock on a file, given as device and inode, from the text of `/proc/locks`.
+fn holder(locks: &str, wanted: &str) -> Option<u32> {
     locks.lines().find_map(|line| {
         let mut fields = line.split_whitespace().skip(1);
         let (kind, pid, file) = (fields.next()?, fields.nth(2)?, fields.next()?);
-        let same = kind == "FLOCK" && file.rsplit(':').next()?.parse() == Ok(inode);
+        let same = kind == "FLOCK" && file == wanted;
         same.then(|| pid.parse().ok()).flatten()
     })
 }
@@ -260,12 +262,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_holder_of_a_lock_is_found_by_inode() {
+    fn the_holder_of_a_lock_is_found_by_device_and_inode() {
         let locks = "1: POSIX  ADVISORY  WRITE 7 00:2a:77 0 EOF\n\
                      2: FLOCK  ADVISORY  WRITE 4321 00:2a:77 0 EOF\n\
-                     3: FLOCK  ADVISORY  WRITE 9 00:2b:78 0 EOF\n";
-        assert_eq!(holder(locks, 77), Some(4321));
-        assert_eq!(holder(locks, 79), None);
+                     3: FLOCK  ADVISORY  WRITE 9 00:2b:77 0 EOF\n";
+        for (file, pid) in [("00:2a:77", Some(4321)), ("00:2b:77", Some(9)), ("00:2b:79", None)] {
+            assert_eq!(holder(locks, file), pid);
+        }
     }
 
     #[test]
