@@ -1,1 +1,337 @@
-//! Being written.
+//! The agent: waits for changes of the cluster and of the node, and carries them to the kernel.
+//!
+//! In: a source's updates, devices and addresses, signals, questions on a socket. Out: writes and attachments. This is the
+//! only place that knows of time; what a change means is decided in `plan`.
+
+pub mod door;
+pub mod report;
+
+use std::{
+    net::IpAddr,
+    path::PathBuf,
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+};
+
+use anyhow::{Context as _, Result};
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    time::{Instant as TokioInstant, sleep_until},
+};
+use tracing::{error, info, warn};
+
+use self::{
+    door::{Door, Question},
+    report::{LastChange, Report, ServiceReport},
+};
+use crate::{
+    image::Image,
+    kernel::{
+        self, Kernel,
+        devices::{Snapshot, watch::Watch},
+    },
+    model::Kind,
+    pipeline::Pipeline,
+    plan::node::NodeOptions,
+    source::{Manifests, Problem, Update},
+};
+
+/// How often bits that no flow can name any more are looked for.
+const EXPIRY_INTERVAL: Duration = Duration::from_secs(60);
+/// How long after a failed write everything is compared and written again.
+const RETRY: Duration = Duration::from_secs(1);
+
+/// What the operator says.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The folder of manifests.
+    pub manifests: PathBuf,
+    /// The node's name.
+    pub node: String,
+    /// What of kube-proxy's configuration concerns the node.
+    pub node_options: NodeOptions,
+    /// Pins, cgroup, attachment.
+    pub kernel: kernel::Options,
+}
+
+/// Runs until SIGTERM or SIGINT, and leaves the data plane as it is.
+///
+/// # Errors
+///
+/// When the kernel or the folder refuses something without which nothing can be done. What fails later is said and tried
+/// again.
+pub async fn run(options: Options) -> Result<()> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut source = Manifests::open(&options.manifests)?;
+    let mut watch = Watch::open()?;
+    let mut agent = Agent::open(&options)?;
+    let mut door = Door::open(&options.kernel.bpffs)?;
+    loop {
+        tokio::select! {
+            biased;
+            _ = terminate.recv() => break,
+            _ = interrupt.recv() => break,
+            snapshot = watch.changed() => {
+                let snapshot = snapshot?.clone();
+                agent.see_devices(&snapshot);
+            }
+            update = source.next() => match update {
+                Some(update) if update.first => agent.begin(update, watch.snapshot()),
+                Some(update) => agent.take(update),
+                None => anyhow::bail!("the folder of manifests can't be watched any more"),
+            },
+            (question, answer) = door.next() => answer.send(agent.answer(question)),
+            () = sleep_until(agent.alarm) => agent.wake(),
+        }
+    }
+    info!("stopped; the data plane goes on without an agent (`fairlead cleanup` removes it)");
+    Ok(())
+}
+
+struct Agent {
+    pipeline: Pipeline,
+    kernel: Kernel,
+    options: NodeOptions,
+    snapshot: Snapshot,
+    /// The primary addresses with which the rows of this snapshot's devices were made, if they were.
+    rows_of: Option<Vec<IpAddr>>,
+    /// Whether the source's first list has been compiled; nothing is written before.
+    begun: bool,
+    /// Whether the tables in the kernel may differ from the image.
+    failed: Option<String>,
+    attach_failed: Option<String>,
+    alarm: TokioInstant,
+    start: Instant,
+    report: Report,
+}
+
+impl Agent {
+    fn open(options: &Options) -> Result<Self> {
+        let kernel = Kernel::open(options.kernel.clone())?;
+        let memory = kernel.memory().context("reading what is pinned")?;
+        let adopted = memory.frontends.len();
+        let image = Image::restore(memory, 0);
+        info!(
+            node = options.node,
+            bpffs = %options.kernel.bpffs.display(),
+            attach = ?kernel.mechanism(),
+            socket_lb = ?options.kernel.socket_lb,
+            adopted_frontends = adopted,
+            "waiting for the first list"
+        );
+        let report = Report {
+            node: options.node.clone(),
+            pid: std::process::id(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            started: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
+            attach: format!("{:?}", kernel.mechanism()).to_lowercase(),
+            ..Report::default()
+        };
+        Ok(Self {
+            pipeline: Pipeline::new(&options.node, options.node_options.clone(), image),
+            kernel,
+            options: options.node_options.clone(),
+            snapshot: Snapshot::default(),
+            rows_of: None,
+            begun: false,
+            failed: None,
+            attach_failed: None,
+            alarm: TokioInstant::now() + EXPIRY_INTERVAL,
+            start: Instant::now(),
+            report,
+        })
+    }
+
+    /// Seconds since the start.
+    fn now(&self) -> u64 {
+        self.start.elapsed().as_secs()
+    }
+
+    /// Takes in the source's first list, writes the difference to what is pinned, and attaches.
+    fn begin(&mut self, update: Update, snapshot: &Snapshot) {
+        self.take_in(update);
+        self.begun = true;
+        self.see_devices(snapshot);
+        let now = self.now();
+        let writes = self.pipeline.sweep(now);
+        self.write(&writes);
+        if let Err(error) = self.kernel.attach_sockets() {
+            error!(error = format!("{error:#}"), "clients on the node itself are not served");
+            self.attach_failed = Some(format!("{error:#}"));
+        }
+        self.report.ready = self.failed.is_none();
+        info!(
+            services = self.pipeline.model().count(Kind::Service),
+            frontends = self.pipeline.image().memory().frontends.len(),
+            devices = self.snapshot.ports().len(),
+            milliseconds = self.start.elapsed().as_millis() as u64,
+            "ready"
+        );
+    }
+
+    fn take(&mut self, update: Update) {
+        self.take_in(update);
+        self.compile();
+    }
+
+    fn take_in(&mut self, update: Update) {
+        let Update { changes, problems, skipped, .. } = update;
+        for change in changes {
+            self.pipeline.take(change);
+        }
+        for problem in &problems {
+            if !self.report.source_problems.contains(problem) {
+                warn!("{problem}");
+            }
+        }
+        self.report.source_problems = problems;
+        self.report.skipped = skipped;
+    }
+
+    /// Follows devices and addresses: rows first, then programs, so that none runs on a device that the tables don't know.
+    fn see_devices(&mut self, snapshot: &Snapshot) {
+        self.snapshot = snapshot.clone();
+        self.rows_of = None;
+        if !self.begun {
+            return;
+        }
+        self.pipeline.set_interfaces(snapshot.node_addresses().into_iter().map(|(_, addr)| addr).collect());
+        self.compile();
+        match self.kernel.attach_devices(&snapshot.ports()) {
+            Ok(()) => self.attach_failed = None,
+            Err(error) => {
+                let text = format!("{error:#}");
+                if self.attach_failed.as_ref() != Some(&text) {
+                    error!(error = text, "a device has no programs; trying again");
+                }
+                self.attach_failed = Some(text);
+                self.alarm = TokioInstant::now() + RETRY;
+            }
+        }
+    }
+
+    /// Carries everything taken in to the kernel.
+    fn compile(&mut self) {
+        if !self.begun {
+            return;
+        }
+        let begin = Instant::now();
+        let now = self.now();
+        let mut writes = self.pipeline.compile(now);
+        // The node's primary addresses, which rows of devices depend on, are known only now.
+        let primary = &self.pipeline.view().primary;
+        if self.rows_of.as_ref() != Some(primary) {
+            let rows = self.snapshot.device_rows(primary, |name| self.options.detector.takes_interface(name));
+            self.rows_of = Some(primary.clone());
+            writes.extend(self.pipeline.image_mut().set_devices(&rows));
+        }
+        self.write(&writes);
+        if !writes.is_empty() {
+            self.report.last_change = Some(LastChange {
+                at: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
+                writes: writes.len(),
+                microseconds: u64::try_from(begin.elapsed().as_micros()).unwrap_or(u64::MAX),
+            });
+        }
+        for problem in self.pipeline.fresh_problems() {
+            warn!("{problem}");
+        }
+    }
+
+    fn write(&mut self, writes: &[crate::image::Write]) {
+        if writes.is_empty() || self.failed.is_some() {
+            return;
+        }
+        if let Err(error) = self.kernel.apply(writes) {
+            let text = format!("{error:#}");
+            error!(error = text, "the tables could not be written; trying again");
+            self.failed = Some(text);
+            self.report.ready = false;
+            self.alarm = TokioInstant::now() + RETRY;
+        }
+    }
+
+    /// What is due: another try after a failure, else old bits.
+    fn wake(&mut self) {
+        self.alarm = TokioInstant::now() + EXPIRY_INTERVAL;
+        let now = self.now();
+        if self.failed.is_some() {
+            match self.kernel.memory() {
+                Ok(memory) => {
+                    self.failed = None;
+                    self.pipeline.restart(Image::restore(memory, now));
+                    self.rows_of = None;
+                    self.compile();
+                    let writes = self.pipeline.sweep(now);
+                    self.write(&writes);
+                    if self.failed.is_none() {
+                        self.report.ready = true;
+                        info!("the tables are as they should be again");
+                    }
+                }
+                Err(error) => {
+                    error!(error = format!("{error:#}"), "the tables can't be read; trying again");
+                    self.alarm = TokioInstant::now() + RETRY;
+                }
+            }
+        }
+        if self.attach_failed.is_some() {
+            let snapshot = self.snapshot.clone();
+            self.see_devices(&snapshot);
+            if let Err(error) = self.kernel.attach_sockets() {
+                self.attach_failed = Some(format!("{error:#}"));
+            }
+        }
+        let writes = self.pipeline.image_mut().expire(now);
+        self.write(&writes);
+    }
+
+    fn answer(&self, question: Question) -> String {
+        let text = match question {
+            Question::Status => serde_json::to_string(&self.status()),
+            Question::Services => serde_json::to_string(&self.services()),
+        };
+        text.unwrap_or_default()
+    }
+
+    fn status(&self) -> Report {
+        let model = self.pipeline.model();
+        let count = |kind| model.count(kind);
+        let mut report = self.report.clone();
+        report.objects = [
+            ("services", Kind::Service),
+            ("endpointSlices", Kind::EndpointSlice),
+            ("pods", Kind::Pod),
+            ("nodes", Kind::Node),
+            ("serviceCIDRs", Kind::ServiceCidr),
+        ]
+        .map(|(name, kind)| (name.to_owned(), count(kind)))
+        .into();
+        report.devices = self.snapshot.links.values().map(|link| (link.ifindex, link.name.clone())).collect();
+        report.problems = self.pipeline.problems().iter().map(ToString::to_string).collect();
+        report.problems.extend(self.report.source_problems.iter().map(Problem::to_string));
+        report.problems.extend(self.failed.iter().map(|text| format!("tables: {text}")));
+        report.problems.extend(self.attach_failed.iter().map(|text| format!("attachment: {text}")));
+        let statistics = self.kernel.statistics();
+        report.bpf_calls = statistics.calls;
+        report.entries_written = statistics.entries;
+        report
+    }
+
+    fn services(&self) -> Vec<ServiceReport> {
+        self.pipeline
+            .model()
+            .services()
+            .map(|(name, service)| ServiceReport {
+                namespace: name.namespace.to_string(),
+                name: name.name.to_string(),
+                kind: if service.spec.cluster_ip.as_deref() == Some("None") {
+                    "Headless".to_owned()
+                } else {
+                    service.spec.type_.as_str().to_owned()
+                },
+                external_name: service.spec.external_name.clone(),
+            })
+            .collect()
+    }
+}

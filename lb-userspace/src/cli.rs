@@ -1,14 +1,30 @@
 //! The command line: what people type, and what they get to see.
 
+mod completions;
+mod endpoints;
 pub mod explain;
+mod flows;
+mod pins;
+mod run;
+mod services;
+mod status;
+mod table;
 
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
+/// What `--help` ends with.
+const EXIT_CODES: &str = "\
+Exit codes:
+  0  done
+  1  it could not be done; the error says what helps
+  2  the command line is wrong
+  3  nothing is pinned in the folder (--bpffs): no agent has run with it";
+
 /// Sends the connections of Kubernetes Services to their endpoints with eBPF, in kube-proxy's place
 #[derive(Debug, Parser)]
-#[command(name = "fairlead", version)]
+#[command(name = "fairlead", version, after_help = EXIT_CODES)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -16,20 +32,51 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    Run(Box<run::RunArgs>),
+    Status(status::StatusArgs),
+    Services(services::ServicesArgs),
+    Endpoints(endpoints::EndpointsArgs),
+    Flows(flows::FlowsArgs),
     Explain(explain::ExplainArgs),
+    /// Remove every trace from the kernel: programs, links, maps, the folder
+    ///
+    /// Connections through Services break. Stop the agent first.
+    #[command(after_help = "Example:\n  fairlead cleanup --bpffs /sys/fs/bpf/fairlead")]
+    Cleanup(pins::Folder),
+    /// Print the version
+    Version,
+    Completions(completions::CompletionsArgs),
 }
 
 /// Does what the arguments of the process say.
 #[must_use]
 pub fn main() -> ExitCode {
     let result = match Cli::parse().command {
+        Command::Run(args) => run::run(*args),
+        Command::Status(args) => status::run(&args),
+        Command::Services(args) => services::run(&args),
+        Command::Endpoints(args) => endpoints::run(&args),
+        Command::Flows(args) => flows::run(&args),
         Command::Explain(args) => match &args.manifests {
             Some(dir) => explain::run_manifests(&args, dir),
-            None => Err(anyhow::anyhow!("no tables to ask; name a folder with --manifests DIR")),
+            None => explain::run_pinned(&args),
         },
+        Command::Cleanup(folder) => crate::kernel::cleanup::cleanup(&folder.bpffs),
+        Command::Version => {
+            println!("fairlead {}", env!("CARGO_PKG_VERSION"));
+            Ok(())
+        }
+        Command::Completions(args) => {
+            completions::run(&args);
+            Ok(())
+        }
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
+        Err(error) if error.is::<pins::NothingPinned>() => {
+            eprintln!("error: {error:#}");
+            ExitCode::from(3)
+        }
         Err(error) => {
             eprintln!("error: {error:#}");
             ExitCode::FAILURE

@@ -9,6 +9,7 @@ mod name;
 mod node;
 mod restore;
 mod slots;
+mod sorted;
 #[cfg(test)]
 mod tests;
 mod write;
@@ -21,7 +22,7 @@ use lb_common::{
     memory::Memory,
 };
 
-use self::{bits::Bits, ids::Ids, slots::Slots};
+use self::{bits::Bits, ids::Ids, slots::Slots, sorted::Sorted};
 pub use self::{bits::FLOW_LIFE, ids::GRACE, name::text as service_name, node::prefix_key, write::Write};
 use crate::plan::{PortName, PortPlan, Step};
 
@@ -45,11 +46,11 @@ pub struct Image {
 #[derive(Clone, Debug, Default)]
 struct PortState {
     id: u32,
-    endpoints: BTreeMap<(Addr, Port), u32>,
+    endpoints: Sorted<(Addr, Port), u32>,
     /// Ranges by the endpoint ids in them.
-    ranges: BTreeMap<Box<[u32]>, Range>,
-    frontends: BTreeSet<FrontendKey>,
-    source_ranges: BTreeSet<PrefixKey>,
+    ranges: Sorted<Box<[u32]>, Range>,
+    frontends: Sorted<FrontendKey, ()>,
+    source_ranges: Sorted<PrefixKey, ()>,
 }
 
 /// How many entries the tables have to hold.
@@ -231,7 +232,7 @@ impl Image {
         }
         for net in &plan.source_ranges {
             let key = prefix_key(state.id, *net);
-            state.source_ranges.insert(key);
+            state.source_ranges.get_or_insert_with(key, || ());
             if !self.memory.source_ranges.contains(&key) {
                 put(&mut self.memory, &mut writes.source_ranges, Write::SourceRange(key));
             }
@@ -243,7 +244,7 @@ impl Image {
                 service: state.id,
                 flags: planned.flags,
             };
-            state.frontends.insert(planned.key);
+            state.frontends.get_or_insert_with(planned.key, || ());
             self.write_frontend(planned.key, frontend, writes);
         }
         self.ports.insert(plan.name.clone(), state);
@@ -252,7 +253,7 @@ impl Image {
     fn write_endpoint(&mut self, state: &mut PortState, mut endpoint: Endpoint, writes: &mut Writes) -> u32 {
         let memory = &mut self.memory;
         let bit = bit_index(&endpoint.addr, endpoint.port);
-        let id = *state.endpoints.entry((endpoint.addr, endpoint.port)).or_insert_with(|| {
+        let id = state.endpoints.get_or_insert_with((endpoint.addr, endpoint.port), || {
             self.endpoint_bits.add(bit);
             let id = self.endpoint_ids.take(|id| memory.endpoints.contains_key(&id));
             endpoint.generation = memory.endpoints.get(&id).map_or(0, |old| old.generation.wrapping_add(1));
@@ -275,12 +276,11 @@ impl Image {
     fn write_range(&mut self, state: &mut PortState, ids: &[u32], writes: &mut Writes) -> Range {
         let Some(len) = u32::try_from(ids.len()).ok().filter(|len| *len != 0) else { return Range::default() };
         if let Some(range) = state.ranges.get(ids) {
-            return *range;
+            return range;
         }
         let range = Range { offset: self.slots.take(len), len };
         put(&mut self.memory, &mut writes.slots, Write::Slots(range.offset, ids.to_vec()));
-        state.ranges.insert(ids.into(), range);
-        range
+        state.ranges.get_or_insert_with(ids.into(), || range)
     }
 
     fn write_frontend(&mut self, key: FrontendKey, frontend: Frontend, writes: &mut Writes) {
@@ -316,7 +316,7 @@ impl Image {
     fn leave(&mut self, name: &PortName, plan: Option<&PortPlan>, now: u64, writes: &mut Writes) {
         let Some(mut state) = self.ports.remove(name) else { return };
         let planned: BTreeSet<FrontendKey> = frontends(plan).map(|frontend| frontend.key).collect();
-        for key in state.frontends.extract_if(.., |key| !planned.contains(key)) {
+        for (key, ()) in state.frontends.extract(|key, ()| !planned.contains(key)) {
             // Another Service may have taken it over in this very step.
             if self.memory.frontends.get(&key).is_some_and(|frontend| frontend.service == state.id) {
                 self.remove_frontend(key, now, writes);
@@ -324,16 +324,16 @@ impl Image {
         }
         let named: BTreeSet<Range> = state
             .frontends
-            .iter()
+            .keys()
             .filter_map(|key| self.memory.frontends.get(key))
             .flat_map(|frontend| [frontend.internal, frontend.external])
             .collect();
-        for (_, range) in state.ranges.extract_if(.., |_, range| !named.contains(range)) {
+        for (_, range) in state.ranges.extract(|_, range| !named.contains(&range)) {
             self.slots.rest(range.offset, range.len, now);
         }
         let wanted: BTreeSet<PrefixKey> =
             plan.iter().flat_map(|plan| &plan.source_ranges).map(|net| prefix_key(state.id, *net)).collect();
-        for key in state.source_ranges.extract_if(.., |key| !wanted.contains(key)) {
+        for (key, ()) in state.source_ranges.extract(|key, ()| !wanted.contains(key)) {
             put(&mut self.memory, &mut writes.removed, Write::RemoveSourceRange(key));
         }
         let staying: BTreeSet<(Addr, Port)> = plan
@@ -341,7 +341,7 @@ impl Image {
             .flat_map(|plan| &plan.endpoints)
             .map(|endpoint| (endpoint.addr.into(), Port::new(endpoint.port)))
             .collect();
-        for (_, id) in state.endpoints.extract_if(.., |key, _| !staying.contains(key)) {
+        for (_, id) in state.endpoints.extract(|key, _| !staying.contains(key)) {
             self.remove_endpoint(id, now, writes);
         }
         if plan.is_some() {

@@ -33,6 +33,8 @@ pub struct Pipeline {
     pending: Affected,
     problems: BTreeMap<ObjectName, Vec<Problem>>,
     node_problems: Vec<Problem>,
+    /// Problems that the last compilation found and those before had not.
+    fresh: Vec<Problem>,
 }
 
 impl Pipeline {
@@ -51,6 +53,7 @@ impl Pipeline {
             pending: Affected { node: true, service_cidrs: true, ..Affected::default() },
             problems: BTreeMap::new(),
             node_problems: Vec::new(),
+            fresh: Vec::new(),
         }
     }
 
@@ -83,15 +86,23 @@ impl Pipeline {
         &self.view
     }
 
-    /// What can't be used, in the order of the objects.
-    pub fn problems(&self) -> impl Iterator<Item = &Problem> {
-        self.node_problems.iter().chain(self.problems.values().flatten())
+    /// Everything that can't be used now. A walk over all, for whoever wants to see the whole.
+    #[must_use]
+    pub fn problems(&self) -> Vec<Problem> {
+        let stated = self.node_problems.iter().chain(self.problems.values().flatten()).cloned();
+        stated.chain(self.planner.conflicts().map(|conflict| conflict.problem())).collect()
     }
 
-    /// The frontends that a Service claims, but others have.
+    /// What can't be used since the last compilation, and could before.
+    pub fn fresh_problems(&mut self) -> Vec<Problem> {
+        std::mem::take(&mut self.fresh)
+    }
+
+    /// What of one Service can't be used now.
     #[must_use]
-    pub fn conflicts(&self, service: &ObjectName) -> Vec<Conflict> {
-        self.planner.conflicts(service)
+    pub fn problems_of(&self, service: &ObjectName) -> Vec<Problem> {
+        let stated = self.problems.get(service).into_iter().flatten().cloned();
+        stated.chain(self.planner.conflicts_of(service).iter().map(Conflict::problem)).collect()
     }
 
     /// What this node would do for a Service if no other claimed its frontends.
@@ -99,6 +110,14 @@ impl Pipeline {
     pub fn plan(&self, service: &ObjectName) -> Option<ServicePlan> {
         let object = self.model.service(service)?;
         plan_service(object, &self.model.backends(service), &self.view).0
+    }
+
+    /// Begins again with what is in the kernel, after writes may have been lost: the next [`Self::compile`] compares everything.
+    pub fn restart(&mut self, image: Image) {
+        self.image = image;
+        self.planner = Planner::default();
+        let services = self.model.services().map(|(name, _)| name.clone()).collect();
+        self.pending = Affected { services, node: true, service_cidrs: true };
     }
 
     /// Takes a change in. Its writes come with the next [`Self::compile`].
@@ -126,6 +145,7 @@ impl Pipeline {
             let (addresses, problems): (BTreeMap<Addr, NodeAddress>, _) =
                 node_addresses(&self.interfaces, &view, &self.options);
             writes.extend(self.image.set_node_addresses(&addresses));
+            self.fresh.extend(problems.iter().filter(|problem| !self.node_problems.contains(problem)).cloned());
             self.node_problems = problems;
             if view != self.view {
                 self.view = view;
@@ -157,12 +177,14 @@ impl Pipeline {
         let (plan, problems) =
             object.map(|object| plan_service(object, &self.model.backends(service), &self.view)).unwrap_or_default();
         let age = object.and_then(|object| object.metadata.creation_timestamp.as_deref());
+        let known = self.problems_of(service);
         let step = self.planner.update(service, plan, age);
         if problems.is_empty() {
             self.problems.remove(service);
         } else {
             self.problems.insert(service.clone(), problems);
         }
+        self.fresh.extend(self.problems_of(service).into_iter().filter(|problem| !known.contains(problem)));
         step
     }
 }

@@ -11,7 +11,10 @@ pub mod topology;
 use std::{collections::BTreeSet, fmt, net::IpAddr, sync::Arc};
 
 use ipnet::IpNet;
-use lb_common::{addr::Addr, layout::FrontendKey};
+use lb_common::{
+    addr::Addr,
+    layout::{FrontendKey, frontend_flags},
+};
 
 use crate::model::{ObjectName, object::Protocol};
 
@@ -104,6 +107,17 @@ pub struct ServicePlan {
     pub any_port: Vec<Addr>,
     /// Distinct addresses of ready endpoints on this node: what health checks of load balancers report.
     pub local_ready: usize,
+}
+
+impl ServicePlan {
+    /// Whether policy Local leaves clients inside, and clients outside, without the endpoints that are elsewhere.
+    #[must_use]
+    pub fn lacks_local_endpoints(&self, v4: bool) -> (bool, bool) {
+        let frontends = || self.ports.iter().flat_map(|port| &port.frontends).filter(|it| it.key.addr.is_v4() == v4);
+        let inside = frontends().any(|it| it.internal.is_empty() && it.flags & frontend_flags::INTERNAL_DROP != 0);
+        let outside = frontends().any(|it| it.external.is_empty() && it.flags & frontend_flags::EXTERNAL_DROP != 0);
+        (inside, outside)
+    }
 }
 
 /// What this node does for one Service port.

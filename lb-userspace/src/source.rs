@@ -14,7 +14,7 @@ mod tests;
 
 use std::{fmt, path::PathBuf};
 
-pub use self::manifests::Manifests;
+pub use self::manifests::{Manifests, read_all};
 use crate::model::Change;
 
 /// What a source has to say.

@@ -88,6 +88,14 @@ impl Drop for Cgroup {
     }
 }
 
+/// Whether the process that a lab's cgroup is named after still needs it.
+pub fn in_use(owner: u32) -> bool {
+    if owner == process::id() {
+        return CURRENT.lock().unwrap_or_else(PoisonError::into_inner).is_some();
+    }
+    Path::new("/proc").join(owner.to_string()).exists()
+}
+
 /// Where cgroup v2 is mounted, if it is.
 pub fn mount_point() -> Option<PathBuf> {
     let text = fs::read_to_string("/proc/self/mountinfo").ok()?;

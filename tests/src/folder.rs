@@ -2,11 +2,13 @@
 //!
 //! It is the first thing a lab makes and the last it removes: a namespace, cgroup or mount of ours without a locked folder is a leftover.
 
+use std::collections::BTreeSet;
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context, Result};
 
@@ -14,6 +16,9 @@ use anyhow::{Context, Result};
 pub const PREFIX: &str = "fairlead-lab-";
 
 static NEXT: AtomicU32 = AtomicU32::new(1);
+
+/// The labs of this process, from before their folder is made until after it is gone.
+static OWN: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
 
 /// A lab's own folder; `id` is part of every name that the lab gives to something global.
 #[derive(Debug)]
@@ -27,10 +32,20 @@ impl Folder {
     /// Makes and locks a folder that no other lab has.
     pub fn create() -> Result<Self> {
         let id = format!("{}-{}", process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+        own(|ids| ids.insert(id.clone()));
+        Self::create_as(id.clone()).inspect_err(|_| {
+            own(|ids| ids.remove(&id));
+        })
+    }
+
+    fn create_as(id: String) -> Result<Self> {
         let path = of(&id);
         fs::create_dir(&path).with_context(|| format!("creating {}", path.display()))?;
-        let lock = File::create(path.join("lock")).context("creating the lab's lock")?;
+        // It gets its name when it is locked: nobody sees it unlocked while the owner lives.
+        let unnamed = path.join(".lock");
+        let lock = File::create(&unnamed).context("creating the lab's lock")?;
         lock.try_lock().context("locking the lab's folder")?;
+        fs::rename(unnamed, path.join("lock")).context("naming the lab's lock")?;
         Ok(Self { id, path, _lock: lock })
     }
 
@@ -45,14 +60,31 @@ impl Folder {
     }
 }
 
+impl Drop for Folder {
+    fn drop(&mut self) {
+        own(|ids| ids.remove(&self.id));
+    }
+}
+
 /// The folder that a lab with this id has or had.
 pub fn of(id: &str) -> PathBuf {
     std::env::temp_dir().join(format!("{PREFIX}{id}"))
 }
 
-/// Whether the lab with this id still has an owner.
+/// Whether the lab with this id still has an owner; one without a lock is on its way in or out while its process lives.
 pub fn in_use(id: &str) -> bool {
-    File::open(of(id).join("lock")).is_ok_and(|file| file.try_lock().is_err())
+    let pid = id.split('-').next().unwrap_or_default();
+    if pid == process::id().to_string() {
+        return own(|ids| ids.contains(id));
+    }
+    match File::open(of(id).join("lock")) {
+        Ok(file) => file.try_lock().is_err(),
+        Err(_) => Path::new("/proc").join(pid).exists(),
+    }
+}
+
+fn own<T>(work: impl FnOnce(&mut BTreeSet<String>) -> T) -> T {
+    work(&mut OWN.lock().unwrap_or_else(PoisonError::into_inner))
 }
 
 /// The ids of all lab folders, in use or not.

@@ -57,12 +57,11 @@ pub fn find() -> Result<Vec<Leftover>> {
         }
     }
     for path in cgroups_of_labs() {
-        let inside = processes_in_cgroup(&path);
         let owner = path.file_name().and_then(|name| name.to_str()).and_then(pid_in_cgroup_name);
-        if owner.is_some_and(|owner| inside.contains(&owner)) {
+        if owner.is_some_and(cgroup::in_use) {
             continue;
         }
-        found.extend(inside.into_iter().map(Leftover::Process));
+        found.extend(processes_in_cgroup(&path).into_iter().map(Leftover::Process));
         found.insert(Leftover::Cgroup(path));
     }
     let idle: Vec<PathBuf> = folder::all().iter().filter(|id| !folder::in_use(id)).map(|id| folder::of(id)).collect();
@@ -160,7 +159,7 @@ fn cgroups_of_labs() -> Vec<PathBuf> {
     paths
 }
 
-fn pid_in_cgroup_name(name: &str) -> Option<i32> {
+fn pid_in_cgroup_name(name: &str) -> Option<u32> {
     name.strip_prefix(folder::PREFIX)?.parse().ok()
 }
 

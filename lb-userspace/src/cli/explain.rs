@@ -61,6 +61,8 @@ pub struct ExplainArgs {
     /// Packets, one JSON object a line: {"from":"10.0.0.2","to":"172.30.0.41","port":80,"protocol":"TCP","from_interface":"eth0"}; - is the standard input
     #[arg(long, value_name = "FILE|-")]
     pub packets: Option<PathBuf>,
+    #[command(flatten)]
+    pub folder: super::pins::Folder,
     /// Ask what a folder of manifests says, instead of the running agent
     #[arg(long, value_name = "DIR")]
     pub manifests: Option<PathBuf>,
@@ -132,6 +134,36 @@ pub fn run_manifests(args: &ExplainArgs, dir: &Path) -> anyhow::Result<()> {
     answer_all(args, &Manifests::read(args, dir)?)
 }
 
+/// Answers from the pinned maps of an agent, running or not.
+///
+/// # Errors
+///
+/// Nothing is pinned, or a packet can't be read.
+pub fn run_pinned(args: &ExplainArgs) -> anyhow::Result<()> {
+    answer_all(args, &Pins { memory: args.folder.open()?.memory()? })
+}
+
+/// What an agent has written to the kernel.
+struct Pins {
+    memory: Memory,
+}
+
+impl Named for Pins {
+    type Tables = Memory;
+
+    fn tables(&self) -> &Memory {
+        &self.memory
+    }
+
+    fn service(&self, id: u32) -> Option<String> {
+        self.memory.services.get(&id).and_then(service_name).map(ToOwned::to_owned)
+    }
+
+    fn interface(&self, name: &str) -> Option<u32> {
+        std::fs::read_to_string(format!("/sys/class/net/{name}/ifindex")).ok()?.trim().parse().ok()
+    }
+}
+
 /// What the agent would write to the kernel for a folder of manifests.
 struct Manifests {
     memory: Memory,
@@ -165,7 +197,7 @@ impl Manifests {
         let local = Device { flags: device_flags::LOCAL_SOURCES, ..Device::default() };
         pipeline.image_mut().set_devices(&[(LOCAL_INTERFACE, local), (OTHER_INTERFACE, Device::default())].into());
         pipeline.compile(0);
-        pipeline.problems().for_each(|problem| eprintln!("{problem}"));
+        pipeline.problems().iter().for_each(|problem| eprintln!("{problem}"));
         Ok(Self { memory: pipeline.into_image().into_memory(), detector })
     }
 }
@@ -186,7 +218,7 @@ impl Named for Manifests {
     }
 }
 
-fn read_config(path: &Path) -> anyhow::Result<(NodeOptions, Option<String>)> {
+pub fn read_config(path: &Path) -> anyhow::Result<(NodeOptions, Option<String>)> {
     let text = std::fs::read_to_string(path).with_context(|| format!("{} can't be read", path.display()))?;
     let config = KubeProxyConfiguration::parse(&text).with_context(|| path.display().to_string())?;
     let (options, problems) = config.node_options();

@@ -26,7 +26,7 @@ impl Image {
         image.restore_frontends(&mut ports);
         for key in &image.memory.source_ranges {
             if let Some((_, state)) = ports.get_mut(&key.service) {
-                state.source_ranges.insert(*key);
+                state.source_ranges.get_or_insert_with(*key, || ());
             }
         }
         for bit in &image.memory.frontend_bits {
@@ -61,7 +61,7 @@ impl Image {
             }
             self.endpoint_bits.add(bit_index(&endpoint.addr, endpoint.port));
             if let Some((_, state)) = ports.get_mut(&endpoint.service).filter(|_| *id != 0) {
-                state.endpoints.entry((endpoint.addr, endpoint.port)).or_insert(*id);
+                state.endpoints.get_or_insert_with((endpoint.addr, endpoint.port), || *id);
             }
         }
     }
@@ -70,10 +70,10 @@ impl Image {
         for (key, frontend) in &self.memory.frontends {
             self.frontend_bits.add(bit_index(&key.addr, key.port));
             let Some((_, state)) = ports.get_mut(&frontend.service) else { continue };
-            state.frontends.insert(*key);
+            state.frontends.get_or_insert_with(*key, || ());
             for range in [frontend.internal, frontend.external].into_iter().filter(|range| range.len != 0) {
                 if let Some(ids) = self.content(&range, state) {
-                    state.ranges.entry(ids).or_insert(range);
+                    state.ranges.get_or_insert_with(ids, || range);
                 }
             }
         }
@@ -82,7 +82,7 @@ impl Image {
         let (slots, strange) = Slots::restore(&used.collect());
         self.slots = slots;
         for (_, state) in ports.values_mut() {
-            state.ranges.retain(|_, range| !strange.contains(&(range.offset, range.len)));
+            state.ranges.extract(|_, range| strange.contains(&(range.offset, range.len)));
         }
     }
 
@@ -90,7 +90,7 @@ impl Image {
     fn content(&self, range: &Range, state: &PortState) -> Option<Box<[u32]>> {
         let own = |id: &u32| {
             let endpoint = self.memory.endpoints.get(id);
-            endpoint.is_some_and(|endpoint| state.endpoints.get(&(endpoint.addr, endpoint.port)) == Some(id))
+            endpoint.is_some_and(|endpoint| state.endpoints.get(&(endpoint.addr, endpoint.port)) == Some(*id))
         };
         (range.offset..range.offset.checked_add(range.len)?)
             .map(|slot| self.memory.slots.get(&slot).copied().filter(own))
@@ -100,7 +100,7 @@ impl Image {
     /// Removes what belongs to no Service port.
     pub(super) fn remove_strays(&mut self, now: u64, writes: &mut Writes) {
         let owned: BTreeSet<FrontendKey> =
-            self.ports.values().flat_map(|state| state.frontends.iter().copied()).collect();
+            self.ports.values().flat_map(|state| state.frontends.keys().copied()).collect();
         let stray = |key: &&FrontendKey| **key != FrontendKey::any_port(key.addr) && !owned.contains(key);
         for key in self.memory.frontends.keys().filter(stray).copied().collect::<Vec<_>>() {
             self.remove_frontend(key, now, writes);
@@ -111,8 +111,7 @@ impl Image {
         {
             put(&mut self.memory, &mut writes.removed, Write::RemoveSourceRange(key));
         }
-        let endpoints: BTreeSet<u32> =
-            self.ports.values().flat_map(|state| state.endpoints.values().copied()).collect();
+        let endpoints: BTreeSet<u32> = self.ports.values().flat_map(|state| state.endpoints.values()).collect();
         for id in self.memory.endpoints.keys().filter(|id| !endpoints.contains(id)).copied().collect::<Vec<_>>() {
             self.remove_endpoint(id, now, writes);
         }

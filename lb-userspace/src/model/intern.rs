@@ -2,18 +2,19 @@
 //!
 //! In: texts as they were parsed. Out: shared ones. Never here: a meaning of any of them.
 
-use std::{collections::BTreeSet, sync::Arc};
+use std::{collections::HashSet, sync::Arc};
 
 use super::labels::Labels;
 
 /// Fewer texts than this are never worth a sweep.
 const SWEEP_FROM: usize = 4096;
 
-/// The texts and label sets that are in use.
+/// The texts and label sets that are in use. They are looked up for every object that is read, and never listed, so that the
+/// order of a hash table shows nowhere.
 #[derive(Debug, Default)]
 pub struct Interner {
-    texts: BTreeSet<Arc<str>>,
-    labels: BTreeSet<Labels>,
+    texts: HashSet<Arc<str>>,
+    labels: HashSet<Labels>,
     sweep_at: usize,
 }
 

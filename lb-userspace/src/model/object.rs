@@ -1,10 +1,17 @@
 //! Kubernetes objects with the fields that kube-proxy reads (and, for Pods, that the EndpointSlice controller reads), and no
 //! others. Field names and meanings are the API's.
 
+mod pod;
+mod slice;
+
 use std::{fmt, sync::Arc};
 
 use serde::Deserialize;
 
+pub use self::{
+    pod::{Container, ContainerPort, Pod, PodCondition, PodIp, PodSpec, PodStatus},
+    slice::{EndpointConditions, EndpointHints, EndpointSlice, Hint, SliceEndpoint, SlicePort},
+};
 use super::{intern::Interner, labels::Labels};
 
 /// The label that gives a Service to another proxy; its presence counts, with any value.
@@ -321,182 +328,6 @@ pub struct LoadBalancerIngress {
     pub ip: Option<String>,
     /// `VIP` (also when absent): packets arrive with this destination. `Proxy`: they don't, the address is not ours.
     pub ip_mode: Option<String>,
-}
-
-/// An EndpointSlice (`discovery.k8s.io/v1`).
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
-#[serde(default, rename_all = "camelCase")]
-pub struct EndpointSlice {
-    /// Name, and the label that names the Service.
-    #[serde(deserialize_with = "nullable")]
-    pub metadata: Metadata,
-    /// `IPv4`, `IPv6`, `FQDN`.
-    #[serde(deserialize_with = "nullable")]
-    pub address_type: String,
-    /// Endpoints.
-    #[serde(deserialize_with = "nullable")]
-    pub endpoints: Vec<SliceEndpoint>,
-    /// Their ports.
-    #[serde(deserialize_with = "nullable")]
-    pub ports: Vec<SlicePort>,
-}
-
-/// One endpoint of an EndpointSlice.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
-#[serde(default, rename_all = "camelCase")]
-pub struct SliceEndpoint {
-    /// Only the first counts.
-    #[serde(deserialize_with = "nullable")]
-    pub addresses: Vec<String>,
-    /// What state it is in.
-    #[serde(deserialize_with = "nullable")]
-    pub conditions: EndpointConditions,
-    /// Where it runs.
-    pub node_name: Option<String>,
-    /// Who should use it.
-    pub hints: Option<EndpointHints>,
-}
-
-/// `conditions` of an endpoint.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
-#[serde(default)]
-pub struct EndpointConditions {
-    /// Absent is true.
-    pub ready: Option<bool>,
-    /// Absent is `ready`.
-    pub serving: Option<bool>,
-    /// Absent is false.
-    pub terminating: Option<bool>,
-}
-
-/// `hints` of an endpoint.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
-#[serde(default, rename_all = "camelCase")]
-pub struct EndpointHints {
-    /// Zones that should use it.
-    #[serde(deserialize_with = "nullable")]
-    pub for_zones: Vec<Hint>,
-    /// Nodes that should use it.
-    #[serde(deserialize_with = "nullable")]
-    pub for_nodes: Vec<Hint>,
-}
-
-/// The name of a zone or a node.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
-#[serde(default)]
-pub struct Hint {
-    /// The name.
-    #[serde(deserialize_with = "nullable")]
-    pub name: String,
-}
-
-/// A port of an EndpointSlice.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
-#[serde(default)]
-pub struct SlicePort {
-    /// Joins to the Service port's name; absent: the port is skipped.
-    pub name: Option<String>,
-    /// The number; absent or 0: the port is skipped.
-    pub port: Option<u16>,
-    /// Joins to the Service port's protocol.
-    pub protocol: Option<Protocol>,
-}
-
-/// A Pod.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
-#[serde(default)]
-pub struct Pod {
-    /// Name, labels, whether it is being deleted.
-    #[serde(deserialize_with = "nullable")]
-    pub metadata: Metadata,
-    /// Containers and node.
-    #[serde(deserialize_with = "nullable")]
-    pub spec: PodSpec,
-    /// Phase, conditions and addresses.
-    #[serde(deserialize_with = "nullable")]
-    pub status: PodStatus,
-}
-
-/// `spec` of a Pod.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
-#[serde(default, rename_all = "camelCase")]
-pub struct PodSpec {
-    /// Where it runs.
-    pub node_name: Option<String>,
-    /// Whether it uses the node's own network.
-    #[serde(deserialize_with = "nullable")]
-    pub host_network: bool,
-    /// Containers.
-    #[serde(deserialize_with = "nullable")]
-    pub containers: Vec<Container>,
-    /// Init containers; those with `restartPolicy: Always` keep running.
-    #[serde(deserialize_with = "nullable")]
-    pub init_containers: Vec<Container>,
-}
-
-/// A container of a Pod.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
-#[serde(default, rename_all = "camelCase")]
-pub struct Container {
-    /// Its ports.
-    #[serde(deserialize_with = "nullable")]
-    pub ports: Vec<ContainerPort>,
-    /// `Always` makes an init container a sidecar.
-    pub restart_policy: Option<String>,
-}
-
-/// A port of a container.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
-#[serde(default, rename_all = "camelCase")]
-pub struct ContainerPort {
-    /// Its name.
-    #[serde(deserialize_with = "nullable")]
-    pub name: String,
-    /// Its number.
-    #[serde(deserialize_with = "nullable")]
-    pub container_port: u16,
-    /// Its protocol.
-    #[serde(deserialize_with = "nullable")]
-    pub protocol: Protocol,
-}
-
-/// `status` of a Pod.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
-#[serde(default, rename_all = "camelCase")]
-pub struct PodStatus {
-    /// `Succeeded` and `Failed` Pods are no endpoints.
-    #[serde(deserialize_with = "nullable")]
-    pub phase: String,
-    /// Conditions; `Ready` matters.
-    #[serde(deserialize_with = "nullable")]
-    pub conditions: Vec<PodCondition>,
-    /// The first address.
-    #[serde(rename = "podIP")]
-    pub pod_ip: Option<String>,
-    /// Addresses, one a family.
-    #[serde(rename = "podIPs", deserialize_with = "nullable")]
-    pub pod_ips: Vec<PodIp>,
-}
-
-/// A condition of a Pod.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
-#[serde(default)]
-pub struct PodCondition {
-    /// Its name.
-    #[serde(rename = "type", deserialize_with = "nullable")]
-    pub type_: String,
-    /// `True`, `False` or `Unknown`.
-    #[serde(deserialize_with = "nullable")]
-    pub status: String,
-}
-
-/// An address of a Pod.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
-#[serde(default)]
-pub struct PodIp {
-    /// The address.
-    #[serde(deserialize_with = "nullable")]
-    pub ip: String,
 }
 
 /// A Node.

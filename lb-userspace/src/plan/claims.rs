@@ -5,24 +5,54 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    net::SocketAddr,
     sync::Arc,
 };
 
 use lb_common::{addr::Addr, layout::FrontendKey};
 
-use super::{PortName, PortPlan, ServicePlan};
-use crate::model::ObjectName;
+use super::{PortName, PortPlan, Problem, ServicePlan};
+use crate::model::{ObjectName, object::Protocol};
 
 /// Age and name of a port: the smallest claim of a frontend wins. Objects without a time (manifests) count as oldest.
 type Claim = (Option<Arc<str>>, PortName);
+
+/// A sorted set that nearly always has one element, of which there is one for every frontend: a tree would be ten times as
+/// large.
+#[derive(Debug)]
+struct Few<T>(Vec<T>);
+
+impl<T> Default for Few<T> {
+    fn default() -> Self {
+        Self(Vec::with_capacity(1))
+    }
+}
+
+impl<T: Ord> Few<T> {
+    fn first(&self) -> Option<&T> {
+        self.0.first()
+    }
+
+    fn insert(&mut self, element: T) {
+        if let Err(place) = self.0.binary_search(&element) {
+            self.0.insert(place, element);
+        }
+    }
+
+    fn remove(&mut self, element: &T) {
+        if let Ok(place) = self.0.binary_search(element) {
+            self.0.remove(place);
+        }
+    }
+}
 
 /// The Services' plans, with each frontend given to one of them.
 #[derive(Debug, Default)]
 pub struct Planner {
     services: BTreeMap<ObjectName, Entry>,
     ports: BTreeMap<PortName, PortPlan>,
-    claims: BTreeMap<FrontendKey, BTreeSet<Claim>>,
-    any_port: BTreeMap<Addr, BTreeSet<ObjectName>>,
+    claims: BTreeMap<FrontendKey, Few<Claim>>,
+    any_port: BTreeMap<Addr, Few<ObjectName>>,
 }
 
 #[derive(Debug)]
@@ -58,6 +88,27 @@ pub struct Conflict {
     pub winner: PortName,
     /// Who claims it in vain.
     pub loser: PortName,
+}
+
+impl Conflict {
+    /// The conflict as a problem of the one who lost.
+    #[must_use]
+    pub fn problem(&self) -> Problem {
+        let Self { key, winner, loser } = self;
+        let protocol = Protocol::from_number(key.proto).unwrap_or_default();
+        let port = key.port.number();
+        let (what, field) = if key.addr.same(&key.addr.unspecified()) {
+            (format!("nodePort {port}/{protocol}"), "spec.ports")
+        } else {
+            (format!("{}/{protocol}", SocketAddr::new(key.addr.into(), port)), "spec")
+        };
+        Problem {
+            object: format!("Service {}", loser.service),
+            field: field.to_owned(),
+            message: format!("{what} belongs to Service {}, which is older", winner.service),
+            remedy: "give one of them another address or port".to_owned(),
+        }
+    }
 }
 
 impl Planner {
@@ -107,7 +158,7 @@ impl Planner {
     pub fn port(&self, name: &PortName) -> Option<PortPlan> {
         let mut port = self.ports.get(name)?.clone();
         port.frontends.retain(|frontend| {
-            self.claims.get(&frontend.key).and_then(BTreeSet::first).is_some_and(|(_, winner)| winner == name)
+            self.claims.get(&frontend.key).and_then(Few::first).is_some_and(|(_, winner)| winner == name)
         });
         Some(port)
     }
@@ -124,7 +175,7 @@ impl Planner {
 
     /// The frontends that ports of a Service claim, but others have.
     #[must_use]
-    pub fn conflicts(&self, service: &ObjectName) -> Vec<Conflict> {
+    pub fn conflicts_of(&self, service: &ObjectName) -> Vec<Conflict> {
         let ports = self.services.get(service).into_iter().flat_map(|entry| &entry.ports);
         let claims = ports
             .filter_map(|name| self.ports.get(name))
@@ -134,6 +185,19 @@ impl Planner {
             (winner != loser).then(|| Conflict { key, winner: winner.clone(), loser: loser.clone() })
         });
         lost.collect()
+    }
+
+    /// Every frontend that somebody claims in vain. A walk over all, for whoever wants to see the whole.
+    pub fn conflicts(&self) -> impl Iterator<Item = Conflict> {
+        self.claims.iter().flat_map(|(key, claims)| {
+            let winner = claims.first();
+            let lost = claims.0.iter().skip(1);
+            lost.zip(winner.into_iter().cycle()).map(|((_, loser), (_, winner))| Conflict {
+                key: *key,
+                winner: winner.clone(),
+                loser: loser.clone(),
+            })
+        })
     }
 
     fn claim(&mut self, claim: &Claim, port: &PortPlan, touched: &mut BTreeSet<PortName>) {
@@ -162,7 +226,7 @@ impl Planner {
 
     fn step(&mut self, touched: BTreeSet<PortName>, addrs: BTreeSet<Addr>) -> Step {
         for addr in &addrs {
-            if self.any_port.get(addr).is_some_and(BTreeSet::is_empty) {
+            if self.any_port.get(addr).is_some_and(|claimants| claimants.0.is_empty()) {
                 self.any_port.remove(addr);
             }
         }
@@ -176,8 +240,10 @@ impl Planner {
 mod tests {
     use lb_common::{addr::Port, layout::protocol::TCP};
 
+    use proptest::prelude::*;
+
     use super::*;
-    use crate::{model::object::Protocol, plan::PlannedFrontend};
+    use crate::plan::PlannedFrontend;
 
     const SHARED: u16 = 80;
 
@@ -233,9 +299,45 @@ mod tests {
             let (service, plan) = plan(name, &[SHARED]);
             planner.update(&service, plan, Some(age));
         }
-        let [conflict] = &planner.conflicts(&ObjectName::new("ns", "a"))[..] else { panic!() };
-        assert_eq!((&*conflict.winner.service.name, &*conflict.loser.service.name), ("b", "a"));
-        assert_eq!(planner.conflicts(&ObjectName::new("ns", "b")), []);
+        let [conflict] = &planner.conflicts_of(&ObjectName::new("ns", "a"))[..] else { panic!() };
+        assert_eq!(
+            conflict.problem().to_string(),
+            "Service ns/a: spec.ports: nodePort 80/TCP belongs to Service ns/b, which is older; \
+             give one of them another address or port"
+        );
+        assert!(planner.conflicts().eq([conflict.clone()]));
+        assert_eq!(planner.conflicts_of(&ObjectName::new("ns", "b")), []);
+    }
+
+    proptest! {
+        #[test]
+        fn steps_add_up_to_what_each_frontend_s_oldest_claim_says(
+            changes in prop::collection::vec((0..4_usize, prop::option::of(prop::collection::btree_set(80..86_u16, 0..4))), 1..40)
+        ) {
+            let (mut planner, mut followed, mut there) = (Planner::default(), Step::default(), BTreeMap::new());
+            let names = [("2026", "a"), ("2024", "b"), ("2025", "c"), ("2025", "d")];
+            for (which, ports) in changes {
+                let (age, name) = names[which];
+                let list: Vec<u16> = ports.iter().flatten().copied().collect();
+                let (service, plan) = plan(name, &list);
+                followed.merge(planner.update(&service, plan.filter(|_| ports.is_some()), Some(age)));
+                match ports {
+                    Some(ports) => _ = there.insert((age, name), ports),
+                    None => _ = there.remove(&(age, name)),
+                }
+                let mut free: BTreeSet<u16> = (80..86).collect();
+                for ((_, name), ports) in &there {
+                    let won: BTreeSet<u16> = ports.iter().copied().filter(|port| free.remove(port)).collect();
+                    let port = followed.ports.iter().find(|(port, _)| *port.service.name == **name).unwrap().1;
+                    let has: BTreeSet<u16> =
+                        port.as_ref().unwrap().frontends.iter().map(|frontend| frontend.key.port.number()).collect();
+                    prop_assert_eq!(has, won, "{}", name);
+                }
+                prop_assert_eq!(followed.ports.values().flatten().count(), there.len());
+                let refused = followed.any_port.get(&Addr::UNSPECIFIED_V6).copied().unwrap_or_default();
+                prop_assert_eq!(refused, !there.is_empty());
+            }
+        }
     }
 
     #[test]

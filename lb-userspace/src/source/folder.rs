@@ -37,6 +37,10 @@ pub(super) struct Folder {
     /// None where nobody wants to hear of changes.
     watcher: Option<RecommendedWatcher>,
     watched: BTreeMap<PathBuf, Inode>,
+    /// Files elsewhere to which symbolic links of ours lead, and those links.
+    targets: BTreeMap<PathBuf, BTreeSet<PathBuf>>,
+    /// The folders of those files.
+    elsewhere: BTreeMap<PathBuf, Inode>,
     /// The nearest folder above the root that exists: it tells when the root comes back.
     above: Option<PathBuf>,
 }
@@ -49,12 +53,20 @@ pub(super) struct Listing {
     /// Folders that can't be listed.
     pub unreadable: BTreeMap<Arc<Path>, Problem>,
     folders: BTreeSet<PathBuf>,
+    links: Vec<PathBuf>,
     seen: BTreeSet<Inode>,
 }
 
 impl Folder {
     pub(super) const fn new(root: PathBuf, watcher: Option<RecommendedWatcher>) -> Self {
-        Self { root, watcher, watched: BTreeMap::new(), above: None }
+        Self {
+            root,
+            watcher,
+            watched: BTreeMap::new(),
+            targets: BTreeMap::new(),
+            elsewhere: BTreeMap::new(),
+            above: None,
+        }
     }
 
     /// Whether this is a folder in which manifests are looked for.
@@ -65,6 +77,11 @@ impl Folder {
     /// Whether the path is the root or leads to it.
     pub(super) fn leads_to_root(&self, path: &Path) -> bool {
         self.root.starts_with(path)
+    }
+
+    /// The links that lead to this file.
+    pub(super) fn links_to(&self, path: &Path) -> impl Iterator<Item = &PathBuf> {
+        self.targets.get(path).into_iter().flatten()
     }
 
     /// A folder of this name came, went or is another: what is known of it no longer holds.
@@ -87,6 +104,7 @@ impl Folder {
         for folder in gone {
             self.unwatch(&folder);
         }
+        self.watch_targets(&listing.links);
         listing
     }
 
@@ -123,6 +141,9 @@ impl Folder {
             match fs::metadata(&path) {
                 Ok(metadata) if metadata.is_dir() => self.walk(path, listing),
                 Ok(metadata) if metadata.is_file() && is_manifest(&path) => {
+                    if path.is_symlink() {
+                        listing.links.push(path.clone());
+                    }
                     listing.files.insert(path, Some(Stamp::of(&metadata)));
                 }
                 Err(_) if is_manifest(&path) => {
@@ -155,6 +176,38 @@ impl Folder {
         }
     }
 
+    /// Watches the files to which symbolic links lead. A link whose target can't be watched is still read when the link changes.
+    fn watch_targets(&mut self, links: &[PathBuf]) {
+        self.targets.clear();
+        let mut wanted = BTreeMap::new();
+        for link in links {
+            let Ok(target) = fs::canonicalize(link) else { continue };
+            let (Some(parent), Some(name)) = (target.parent(), target.file_name()) else { continue };
+            let Ok(inode) = fs::metadata(parent).map(|metadata| (metadata.dev(), metadata.ino())) else { continue };
+            // inotify has one watch an inode, and speaks of it by the name that it got first from us.
+            let above = self.above.as_ref().filter(|above| same_folder(above, inode));
+            let known = self.watched.iter().find(|(_, watched)| **watched == inode).map(|(folder, _)| folder).or(above);
+            let folder = known.cloned().unwrap_or_else(|| {
+                wanted.insert(parent.to_owned(), inode);
+                parent.to_owned()
+            });
+            self.targets.entry(folder.join(name)).or_default().insert(link.clone());
+        }
+        let Some(watcher) = &mut self.watcher else { return };
+        for (folder, inode) in std::mem::take(&mut self.elsewhere) {
+            if wanted.get(&folder) == Some(&inode) {
+                self.elsewhere.insert(folder, inode);
+            } else if !self.watched.values().any(|watched| *watched == inode) {
+                let _ = watcher.unwatch(&folder);
+            }
+        }
+        for (folder, inode) in wanted {
+            if !self.elsewhere.contains_key(&folder) && watcher.watch(&folder, RecursiveMode::NonRecursive).is_ok() {
+                self.elsewhere.insert(folder, inode);
+            }
+        }
+    }
+
     /// Watches the nearest folder above the root. Where there is none to be watched, only the root's own return is missed.
     fn watch_above(&mut self) {
         let Some(watcher) = &mut self.watcher else { return };
@@ -167,6 +220,10 @@ impl Folder {
         }
         self.above = above.filter(|above| watcher.watch(above, RecursiveMode::NonRecursive).is_ok());
     }
+}
+
+fn same_folder(folder: &Path, inode: Inode) -> bool {
+    fs::metadata(folder).is_ok_and(|metadata| (metadata.dev(), metadata.ino()) == inode)
 }
 
 fn watch_error(error: notify::Error) -> io::Error {

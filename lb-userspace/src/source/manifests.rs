@@ -20,7 +20,7 @@ use tokio::sync::mpsc;
 
 use super::{
     Problem, Update,
-    folder::{Folder, is_hidden, is_manifest},
+    folder::{Folder, Listing, is_hidden, is_manifest},
     store::Store,
 };
 
@@ -78,7 +78,7 @@ impl Manifests {
     /// Waits for a change. The first call gives everything at once. No change is lost if the wait is given up.
     pub async fn next(&mut self) -> Option<Update> {
         if self.told.is_none() {
-            self.rescan();
+            self.unreadable = first_scan(&mut self.folder, &mut self.store);
             let update = self.store.take(&self.unreadable);
             self.told = Some((update.problems.clone(), update.skipped));
             return Some(Update { first: true, ..update });
@@ -114,6 +114,9 @@ impl Manifests {
         let mut files = BTreeSet::new();
         let mut rescan = false;
         for signal in signals {
+            if let Signal::File(path) | Signal::Name(path) = &signal {
+                files.extend(self.folder.links_to(path).cloned());
+            }
             match signal {
                 Signal::Lost => rescan = true,
                 Signal::File(path) => {
@@ -127,7 +130,8 @@ impl Manifests {
                     } else if is_hidden(&path) {
                         // `..data`, through which the files of a mounted ConfigMap are seen.
                         rescan |= path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b".."));
-                    } else if path.is_dir() {
+                    } else if path.is_dir() || path.is_symlink() {
+                        // A link may lead to files that have to be watched where they are.
                         rescan = true;
                     } else {
                         files.insert(path);
@@ -141,12 +145,8 @@ impl Manifests {
             }
         }
         if rescan {
-            self.rescan();
+            self.unreadable = scan(&mut self.folder, &mut self.store).unreadable;
         }
-    }
-
-    fn rescan(&mut self) {
-        self.unreadable = rescan(&mut self.folder, &mut self.store);
     }
 }
 
@@ -158,7 +158,7 @@ impl Manifests {
 pub fn read_all(dir: &Path) -> anyhow::Result<Update> {
     let mut folder = Folder::new(existing(dir)?, None);
     let mut store = Store::default();
-    let unreadable = rescan(&mut folder, &mut store);
+    let unreadable = first_scan(&mut folder, &mut store);
     Ok(Update { first: true, ..store.take(&unreadable) })
 }
 
@@ -175,8 +175,20 @@ fn existing(dir: &Path) -> anyhow::Result<PathBuf> {
     Ok(root)
 }
 
-/// Walks through the folder, reads what is not as it was, and names the folders that can't be listed.
-fn rescan(folder: &mut Folder, store: &mut Store) -> BTreeMap<Arc<Path>, Problem> {
+/// Reads everything, and names what can't be read, including files that are open for writing: who holds one open for long should
+/// hear of it once.
+fn first_scan(folder: &mut Folder, store: &mut Store) -> BTreeMap<Arc<Path>, Problem> {
+    let listing = scan(folder, store);
+    let mut problems = listing.unreadable;
+    for path in listing.files.into_keys().filter(|path| !store.knows(path) && path.exists()) {
+        let message = "open for writing; it is read when the writer closes it".into();
+        problems.insert(path.as_path().into(), Problem { file: path, message, ..Problem::default() });
+    }
+    problems
+}
+
+/// Walks through the folder and reads what is not as it was.
+fn scan(folder: &mut Folder, store: &mut Store) -> Listing {
     let listing = folder.list();
     let known: Vec<_> = store.files_under(Path::new("/")).collect();
     for path in known {
@@ -190,7 +202,7 @@ fn rescan(folder: &mut Folder, store: &mut Store) -> BTreeMap<Arc<Path>, Problem
             store.read(path);
         }
     }
-    listing.unreadable
+    listing
 }
 
 /// What matters of an event. That a file was opened, or written to, doesn't: it will be closed.

@@ -136,8 +136,7 @@ struct Place {
 
 impl Parser<'_> {
     fn json(&mut self, text: &str) {
-        let mut documents = serde_json::Deserializer::from_str(text).into_iter::<&RawValue>();
-        while let Some(document) = documents.next() {
+        for document in serde_json::Deserializer::from_str(text).into_iter::<&RawValue>() {
             match document {
                 Ok(document) => self.object(&document, &Place::default()),
                 Err(error) => self.unidentified(format!("{error}; what follows is not read, correct the JSON")),

@@ -4,7 +4,7 @@
 //! order that names an object has it.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, HashMap},
     hash::{DefaultHasher, Hash, Hasher},
     path::Path,
     sync::Arc,
@@ -24,9 +24,10 @@ type Key = (Kind, ObjectName);
 pub(super) struct Store {
     interner: Interner,
     files: BTreeMap<Arc<Path>, FileState>,
-    owners: BTreeMap<Key, Owner>,
-    /// Objects that several files name.
-    contested: BTreeSet<Key>,
+    /// Looked up for every object that is read, and never listed.
+    owners: HashMap<Key, Owner>,
+    /// Objects that several files name, and the files that come after the owner.
+    rivals: BTreeMap<Key, BTreeSet<Arc<Path>>>,
     /// Files that have problems of their own.
     troubled: BTreeSet<Arc<Path>>,
     skipped: usize,
@@ -51,14 +52,17 @@ struct Owner {
     file: Arc<Path>,
     /// Of what was told last.
     hash: u64,
-    /// Other files that name the object.
-    rivals: Option<Box<BTreeSet<Arc<Path>>>>,
 }
 
 impl Store {
     /// Whether the file is known in this very state.
     pub(super) fn is_current(&self, path: &Path, stamp: Stamp) -> bool {
         self.files.get(path).is_some_and(|file| file.stamp == Some(stamp))
+    }
+
+    /// Whether the file has been read, or it is known why it can't be.
+    pub(super) fn knows(&self, path: &Path) -> bool {
+        self.files.contains_key(path)
     }
 
     /// Files of this folder and of those below it.
@@ -90,8 +94,8 @@ impl Store {
         changes.extend(gone.map(|(kind, name)| Change::Delete(kind, name)));
         let files = self.troubled.iter().filter_map(|path| self.files.get(path)).flat_map(|file| &file.problems);
         let mut problems: Vec<Problem> = files.chain(folders.values()).cloned().collect();
-        for key in &self.contested {
-            let Some(Owner { file, rivals: Some(rivals), .. }) = self.owners.get(key) else { continue };
+        for (key, rivals) in &self.rivals {
+            let Some(Owner { file, .. }) = self.owners.get(key) else { continue };
             problems.extend(rivals.iter().map(|rival| Problem {
                 file: rival.to_path_buf(),
                 document: self.files.get(rival).and_then(|state| state.document(key)),
@@ -191,22 +195,20 @@ impl Store {
         object.hash(&mut hasher);
         let hash = hasher.finish();
         let Some(owner) = self.owners.get_mut(key) else {
-            self.owners.insert(key.clone(), Owner { file: path.clone(), hash, rivals: None });
+            self.owners.insert(key.clone(), Owner { file: path.clone(), hash });
             if self.released.remove(key) != Some(hash) {
                 self.upserts.push(Change::Upsert(object));
             }
             return;
         };
         if *path > owner.file {
-            owner.rivals.get_or_insert_default().insert(path.clone());
-            self.contested.insert(key.clone());
+            self.rivals.entry(key.clone()).or_default().insert(path.clone());
             return;
         }
         if *path < owner.file {
-            let rivals = owner.rivals.get_or_insert_default();
+            let rivals = self.rivals.entry(key.clone()).or_default();
             rivals.remove(path);
             rivals.insert(std::mem::replace(&mut owner.file, path.clone()));
-            self.contested.insert(key.clone());
         }
         if owner.hash != hash {
             owner.hash = hash;
@@ -217,7 +219,7 @@ impl Store {
     /// A file names an object no more.
     fn release(&mut self, key: &Key, path: &Arc<Path>) {
         let Some(owner) = self.owners.get_mut(key) else { return };
-        let mut rivals = owner.rivals.take().unwrap_or_default();
+        let mut rivals = self.rivals.remove(key).unwrap_or_default();
         if owner.file != *path {
             rivals.remove(path);
         } else if let Some(heir) = rivals.pop_first() {
@@ -225,16 +227,11 @@ impl Store {
             owner.file = heir.clone();
             self.heirs.insert(heir);
         } else {
-            let hash = owner.hash;
+            self.released.insert(key.clone(), owner.hash);
             self.owners.remove(key);
-            self.contested.remove(key);
-            self.released.insert(key.clone(), hash);
-            return;
         }
-        if rivals.is_empty() {
-            self.contested.remove(key);
-        } else {
-            owner.rivals = Some(rivals);
+        if !rivals.is_empty() {
+            self.rivals.insert(key.clone(), rivals);
         }
     }
 }

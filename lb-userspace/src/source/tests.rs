@@ -39,7 +39,7 @@ fn problems(update: &Update, root: &Path) -> Vec<String> {
 fn read_one(name: &str, text: &str) -> (Vec<String>, Vec<String>, usize) {
     let dir = TempDir::new().unwrap();
     fs::write(dir.path().join(name), text).unwrap();
-    let update = manifests::read_all(dir.path()).unwrap();
+    let update = read_all(dir.path()).unwrap();
     assert!(update.first);
     let mut told = told(&update);
     told.sort();
@@ -212,12 +212,12 @@ fn hidden_and_temporary_files_are_not_read() {
     fs::create_dir_all(dir.path().join("sub/sub.yaml")).unwrap();
     fs::write(dir.path().join("sub/sub.yaml/b.yml"), service_yaml("b", "2")).unwrap();
     symlink("..", dir.path().join("sub/circle")).unwrap();
-    assert_eq!(told(&manifests::read_all(dir.path()).unwrap()), ["+b:2"]);
+    assert_eq!(told(&read_all(dir.path()).unwrap()), ["+b:2"]);
 }
 
 #[test]
 fn a_folder_that_is_missing_is_an_error_with_a_remedy() {
-    let error = manifests::read_all(Path::new("/nowhere/at/all")).unwrap_err();
+    let error = read_all(Path::new("/nowhere/at/all")).unwrap_err();
     assert!(format!("{error:#}").contains("create it"), "{error:#}");
 }
 
@@ -420,6 +420,37 @@ fn an_appending_writer_is_waited_for() {
     watched.expect_silence();
     drop(file);
     watched.expect(&["+b:2"]);
+}
+
+#[test]
+fn a_file_behind_a_link_is_watched_where_it_is() {
+    let mut watched = Watched::new(&[]);
+    let elsewhere = watched.dir.path().join("elsewhere");
+    fs::create_dir(&elsewhere).unwrap();
+    for (folder, port) in [(elsewhere, 1), (watched.dir.path().to_owned(), 3), (watched.path("sub"), 5)] {
+        fs::create_dir_all(&folder).unwrap();
+        let target = folder.join("target");
+        fs::write(&target, service_yaml("a", &port.to_string())).unwrap();
+        symlink(&target, watched.path("a.yaml")).unwrap();
+        watched.expect(&[&format!("+a:{port}")]);
+        fs::write(&target, service_yaml("a", &(port + 1).to_string())).unwrap();
+        watched.expect(&[&format!("+a:{}", port + 1)]);
+        fs::remove_file(watched.path("a.yaml")).unwrap();
+        watched.expect(&["-a"]);
+    }
+}
+
+#[test]
+fn a_file_that_is_being_written_at_the_start_is_named_and_then_read() {
+    let dir = TempDir::new().unwrap();
+    fs::create_dir(dir.path().join("m")).unwrap();
+    let mut file = File::create(dir.path().join("m/a.yaml")).unwrap();
+    file.write_all(service_yaml("a", "1").as_bytes()).unwrap();
+    let mut watched = Watched::open(dir);
+    assert!(watched.first.changes.is_empty());
+    assert!(watched.first.problems[0].message.contains("open for writing"));
+    drop(file);
+    assert!(watched.expect(&["+a:1"]).problems.is_empty());
 }
 
 #[test]

@@ -1,14 +1,11 @@
 //! Every packet of `data/flows.json` through model, plan, image and the function that the kernel runs.
 
-#[path = "common/cases.rs"]
-mod cases;
-
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::SocketAddr,
 };
 
-use cases::{Case, Detector, Expect, Flow};
+use crate::cases::{self, Case, Detector, Expect, Flow};
 use fairlead::{
     image::{Image, Write},
     model::{Change, EndpointSlice, Interner, Kind, Object, SliceState},
@@ -199,4 +196,22 @@ fn health_checks_are_told_how_many_endpoints_are_here() {
             assert_eq!(found as u64, check["localEndpoints"], "{} {service}", case.id);
         }
     }
+}
+
+#[test]
+fn services_without_local_endpoints_are_counted_by_policy() {
+    let mut counted = 0;
+    for case in cases::all().iter().filter(|case| case.state["noLocalEndpoints"].is_object()) {
+        let pipeline = from_scratch(case, case.applies_to[0].as_str());
+        let plans = pipeline.model().services().filter_map(|(name, _)| pipeline.plan(name));
+        let lacking = plans.map(|plan| {
+            let [(v4_in, v4_out), (v6_in, v6_out)] = [true, false].map(|v4| plan.lacks_local_endpoints(v4));
+            (u64::from(v4_in || v6_in), u64::from(v4_out || v6_out))
+        });
+        let found = lacking.fold((0, 0), |sum, one| (sum.0 + one.0, sum.1 + one.1));
+        let want = &case.state["noLocalEndpoints"];
+        assert_eq!(found, (want["internal"].as_u64().unwrap(), want["external"].as_u64().unwrap()), "{}", case.id);
+        counted += 1;
+    }
+    assert_eq!(counted, 16);
 }

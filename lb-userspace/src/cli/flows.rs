@@ -1,0 +1,127 @@
+//! `fairlead flows`.
+
+use anyhow::Result;
+use clap::Args;
+use lb_common::{
+    flow::{Flow, Kind, flow_flags, state},
+    layout::protocol,
+};
+use rustix::time::{ClockId, clock_gettime};
+use serde::Serialize;
+
+use super::{
+    pins::{Folder, Output, Selection},
+    table::{self, ServicePort},
+};
+
+/// List the live connections through Services
+///
+/// Connections of the node's own processes are translated at the socket and are not here; `ss` shows them.
+#[derive(Args, Clone, Debug)]
+#[command(after_help = "Examples:\n  fairlead flows\n  fairlead flows -n default web\n  fairlead flows --output json")]
+pub struct FlowsArgs {
+    #[command(flatten)]
+    folder: Folder,
+    #[command(flatten)]
+    selection: Selection,
+}
+
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Row {
+    namespace: String,
+    name: String,
+    port: String,
+    protocol: String,
+    client: String,
+    frontend: String,
+    endpoint: String,
+    /// The address and port that the endpoint sees, where it is not the client's.
+    masqueraded: Option<String>,
+    state: &'static str,
+    idle_seconds: u32,
+}
+
+/// Prints the list.
+pub fn run(args: &FlowsArgs) -> Result<()> {
+    let pinned = args.folder.open()?;
+    let memory = pinned.memory()?;
+    let now = now();
+    let mut rows = Vec::new();
+    pinned.flows(|key, flow| {
+        if key.kind != Kind::Request as u8 || flow.is_idle(key.proto, now) {
+            return;
+        }
+        let gone = || ServicePort {
+            namespace: "-".to_owned(),
+            name: "(gone)".to_owned(),
+            port: String::new(),
+            protocol: table::protocol(key.proto),
+        };
+        let service = memory.services.get(&flow.service).and_then(ServicePort::of).unwrap_or_else(gone);
+        if args.selection.wants(&service.namespace, &service.name) {
+            rows.push(row(&flow, key.proto, service, now));
+        }
+    })?;
+    rows.sort_by(|a, b| (&a.namespace, &a.name, &a.client).cmp(&(&b.namespace, &b.name, &b.client)));
+    match args.selection.output {
+        Output::Json => println!("{}", serde_json::to_string_pretty(&rows)?),
+        Output::Table => print(&rows),
+    }
+    Ok(())
+}
+
+/// The programs' clock: `bpf_ktime_get_coarse_ns` is CLOCK_MONOTONIC, and they count units of 2^30 ns.
+fn now() -> u32 {
+    let time = clock_gettime(ClockId::Monotonic);
+    let nanoseconds =
+        u64::try_from(time.tv_sec).unwrap_or(0) * 1_000_000_000 + u64::try_from(time.tv_nsec).unwrap_or(0);
+    (nanoseconds >> 30) as u32
+}
+
+fn row(flow: &Flow, proto: u8, service: ServicePort, now: u32) -> Row {
+    let ServicePort { namespace, name, port, protocol } = service;
+    let masqueraded = if flow.node_port.be != 0 {
+        Some(table::socket(&flow.node, flow.node_port))
+    } else if flow.forwarded_port != flow.client_port {
+        Some(table::socket(&flow.client, flow.forwarded_port))
+    } else {
+        None
+    };
+    Row {
+        namespace,
+        name,
+        port,
+        protocol,
+        client: table::socket(&flow.client, flow.client_port),
+        frontend: table::socket(&flow.frontend, flow.frontend_port),
+        endpoint: table::socket(&flow.endpoint, flow.endpoint_port),
+        masqueraded: masqueraded.or_else(|| (flow.flags & flow_flags::MASQUERADE != 0).then(|| "pending".to_owned())),
+        state: match (proto, flow.state & state::CLOSING, flow.state & state::REPLIED) {
+            (protocol::TCP, 1.., _) => "closing",
+            (_, _, 0) => "unanswered",
+            (protocol::TCP, ..) => "established",
+            _ => "answered",
+        },
+        idle_seconds: now.wrapping_sub(flow.seen),
+    }
+}
+
+fn print(rows: &[Row]) {
+    let mut list =
+        table::new(&["namespace", "name", "protocol", "client", "frontend", "endpoint", "seen as", "state", "idle"]);
+    for row in rows {
+        list.add_row([
+            row.namespace.as_str(),
+            &row.name,
+            &row.protocol,
+            &row.client,
+            &row.frontend,
+            &row.endpoint,
+            row.masqueraded.as_deref().unwrap_or("-"),
+            row.state,
+            &table::age(u64::from(row.idle_seconds)),
+        ]);
+    }
+    table::print(&list);
+}

@@ -1,0 +1,196 @@
+//! `fairlead status`.
+
+use std::{
+    collections::BTreeMap,
+    time::{SystemTime, UNIX_EPOCH},
+};
+
+use anyhow::Result;
+use clap::Args;
+use lb_common::reason::Reason;
+use serde::Serialize;
+
+use super::{
+    pins::{Folder, Output},
+    table,
+};
+use crate::{
+    agent::{
+        door::{Question, ask},
+        report::Report,
+    },
+    kernel::links::{Attached, Mechanism},
+};
+
+/// Say what is attached where, how many there are of everything, and what is wrong
+#[derive(Args, Clone, Debug)]
+#[command(after_help = "Examples:\n  fairlead status\n  fairlead status --output json | jq .problems")]
+pub struct StatusArgs {
+    #[command(flatten)]
+    folder: Folder,
+    /// How it is written
+    #[arg(long, value_enum, default_value_t = Output::Table)]
+    output: Output,
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Status {
+    /// Whether an agent runs and everything it knows is effective.
+    ready: bool,
+    agent: Option<Report>,
+    frontends: usize,
+    endpoints: usize,
+    attached: Vec<Program>,
+    maps: Vec<Map>,
+    packets: BTreeMap<&'static str, u64>,
+    problems: Vec<String>,
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Program {
+    program: String,
+    device: Option<String>,
+    ifindex: Option<u32>,
+    mechanism: &'static str,
+    live: bool,
+    /// Programs that run before it and may end the chain.
+    before: Vec<String>,
+}
+
+#[derive(Serialize)]
+struct Map {
+    name: &'static str,
+    used: u64,
+    room: u32,
+}
+
+/// Prints the status.
+pub fn run(args: &StatusArgs) -> Result<()> {
+    let status = Status::read(&args.folder)?;
+    match args.output {
+        Output::Json => println!("{}", serde_json::to_string_pretty(&status)?),
+        Output::Table => status.print(),
+    }
+    Ok(())
+}
+
+impl Status {
+    fn read(folder: &Folder) -> Result<Self> {
+        let pinned = folder.open()?;
+        let agent: Option<Report> = ask(&folder.bpffs, Question::Status);
+        let memory = pinned.memory()?;
+        let names = agent.as_ref().map(|agent| agent.devices.clone()).unwrap_or_default();
+        let attached: Vec<Program> =
+            pinned.attached()?.into_iter().map(|attached| Program::new(attached, &names)).collect();
+        let mut problems = match &agent {
+            Some(agent) => agent.problems.clone(),
+            None => vec!["no agent runs: packets are handled, changes are not; start `fairlead run`".to_owned()],
+        };
+        problems.extend(attached.iter().filter_map(Program::problem));
+        Ok(Self {
+            ready: agent.as_ref().is_some_and(|agent| agent.ready),
+            frontends: memory.frontends.len(),
+            endpoints: memory.endpoints.values().filter(|endpoint| endpoint.flags != 0).count(),
+            attached,
+            maps: pinned
+                .fill()?
+                .into_iter()
+                .map(|fill| Map { name: fill.name, used: fill.used, room: fill.room })
+                .collect(),
+            packets: Reason::ALL
+                .iter()
+                .zip(pinned.counters()?)
+                .map(|(reason, count)| (reason.as_str(), count))
+                .collect(),
+            problems,
+            agent,
+        })
+    }
+
+    fn print(&self) {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+        let ago = |at: u64| table::age(now.saturating_sub(at));
+        if let Some(agent) = &self.agent {
+            let state = if self.ready { "ready" } else { "not ready" };
+            println!(
+                "Agent       {state}: process {} on node {}, version {}, up {}, by {}",
+                agent.pid,
+                agent.node,
+                agent.version,
+                ago(agent.started),
+                agent.attach
+            );
+            let objects: Vec<String> = agent.objects.iter().map(|(kind, count)| format!("{count} {kind}")).collect();
+            println!("Objects     {}, {} of other kinds", objects.join(", "), agent.skipped);
+            if let Some(change) = &agent.last_change {
+                println!("Last change {} ago: {} writes in {} µs", ago(change.at), change.writes, change.microseconds);
+            }
+        } else {
+            println!("Agent       none runs");
+        }
+        println!("Tables      {} frontends, {} endpoints", self.frontends, self.endpoints);
+        println!("\nPrograms");
+        let mut programs = table::new(&["program", "device", "by"]);
+        for program in &self.attached {
+            let device = program.device.clone().unwrap_or_else(|| "sockets".to_owned());
+            programs.add_row([&program.program, &device, program.mechanism]);
+        }
+        table::print(&programs);
+        println!("\nMaps");
+        let mut maps = table::new(&["map", "used", "room", ""]);
+        for map in &self.maps {
+            let share = map.used as f64 * 100.0 / f64::from(map.room.max(1));
+            maps.add_row([map.name.to_owned(), map.used.to_string(), map.room.to_string(), format!("{share:.1} %")]);
+        }
+        table::print(&maps);
+        println!("\nPackets");
+        for (reason, count) in self.packets.iter().filter(|(_, count)| **count > 0) {
+            println!("  {reason:<24} {count}");
+        }
+        println!("\nProblems");
+        if self.problems.is_empty() {
+            println!("  none");
+        }
+        for problem in &self.problems {
+            println!("  {problem}");
+        }
+    }
+}
+
+impl Program {
+    fn new(attached: Attached, names: &BTreeMap<u32, String>) -> Self {
+        let Attached { ifindex, program, mechanism, before, live, .. } = attached;
+        let name = |ifindex| names.get(&ifindex).cloned().unwrap_or_else(|| format!("ifindex {ifindex}"));
+        Self {
+            program,
+            device: ifindex.map(name),
+            ifindex,
+            mechanism: match mechanism {
+                Some(Mechanism::Tcx) => "tcx",
+                Some(Mechanism::Clsact) => "clsact",
+                None => "cgroup",
+            },
+            live,
+            before: before.into_iter().map(|(id, name)| format!("{name} (program {id})")).collect(),
+        }
+    }
+
+    fn problem(&self) -> Option<String> {
+        let device = self.device.as_deref().unwrap_or("sockets");
+        if !self.live {
+            return Some(format!(
+                "{}: {} has lost its device; it is cleaned up by a running agent",
+                device, self.program
+            ));
+        }
+        (!self.before.is_empty()).then(|| {
+            format!(
+                "{device}: {} may keep packets from {}, running before it; see `bpftool net`",
+                self.before.join(", "),
+                self.program
+            )
+        })
+    }
+}
