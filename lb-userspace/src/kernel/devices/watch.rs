@@ -173,12 +173,11 @@ impl Watch {
 fn ask(ifindex: u32) -> Option<Link> {
     let mut question = LinkMessage::default();
     question.header.index = ifindex;
-    netlink::request(RouteNetlinkMessage::GetLink(question), NLM_F_ACK).ok()?.into_iter().find_map(
-        |answer| match answer {
-            RouteNetlinkMessage::NewLink(message) => link(message),
-            _ => None,
-        },
-    )
+    let answers = netlink::request(RouteNetlinkMessage::GetLink(question), NLM_F_ACK).ok()?;
+    answers.into_iter().find_map(|answer| {
+        let RouteNetlinkMessage::NewLink(message) = answer else { return None };
+        link(message)
+    })
 }
 
 #[expect(clippy::wildcard_enum_match_arm, reason = "links have many attributes that do not matter here")]
