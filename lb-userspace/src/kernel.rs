@@ -277,6 +277,9 @@ impl Kernel {
 
     /// Makes the devices with programs exactly these: attaches to new ones, replaces the programs of those that an earlier
     /// agent attached, detaches from the others. One device that fails does not keep the others waiting.
+    ///
+    /// A new TCX link costs a grace period of RCU, ten milliseconds or more, in which this call waits; the program runs from its
+    /// beginning. Replacing a program costs nothing of the kind.
     pub fn attach_devices(&mut self, ports: &[Port]) -> Result<()> {
         let mut failed = Vec::new();
         for ifindex in self.links.devices()? {
@@ -300,11 +303,6 @@ impl Kernel {
             Some(error) => Err(error),
             None => Ok(()),
         }
-    }
-
-    /// Forgets that a device has been attached to, so that the next [`Kernel::attach_devices`] looks at it again.
-    pub fn recheck(&mut self, ifindex: u32) {
-        self.ports.retain(|port| port.ifindex != ifindex);
     }
 
     /// Attaches the socket programs, or detaches them where they are off.

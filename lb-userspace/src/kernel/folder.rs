@@ -36,7 +36,14 @@ const MOUNT_SOURCE: &str = "fairlead";
 pub struct Folder {
     root: PathBuf,
     /// The lock is on the folder itself, so that agents in other containers meet it too.
-    _lock: File,
+    lock: File,
+}
+
+impl Drop for Folder {
+    /// A process that is just being made has the lock too, until it executes its program.
+    fn drop(&mut self) {
+        let _ = flock(&self.lock, FlockOperation::Unlock);
+    }
 }
 
 impl Folder {
@@ -44,7 +51,7 @@ impl Folder {
     pub fn open(root: &Path) -> Result<Self> {
         mount_bpffs(root)?;
         let lock = lock(root)?;
-        let folder = Self { root: root.to_owned(), _lock: lock };
+        let folder = Self { root: root.to_owned(), lock };
         for dir in [folder.maps(), folder.flows(), folder.links()] {
             fs::create_dir_all(&dir).with_context(|| format!("cannot make {}", dir.display()))?;
         }
@@ -236,7 +243,7 @@ fn mount_cgroup() -> Result<PathBuf> {
 
 /// Removes the folder, and the mounts if the agent made them and nothing else is in them.
 pub fn remove(folder: Folder) -> Result<()> {
-    let root = folder.root;
+    let root = folder.root.clone();
     let text = fs::read_to_string("/proc/self/mountinfo").context("cannot read /proc/self/mountinfo")?;
     let ours: Vec<PathBuf> =
         mounts(&text).filter(|mount| mount.source == MOUNT_SOURCE).map(|mount| mount.point.into()).collect();
@@ -244,7 +251,7 @@ pub fn remove(folder: Folder) -> Result<()> {
     if !is_mount {
         fs::remove_dir(&root).with_context(|| format!("cannot remove {}", root.display()))?;
     }
-    drop(folder._lock);
+    drop(folder);
     for point in ours {
         let of_the_folder = root.starts_with(&point) && names(&point)?.is_empty();
         if of_the_folder || point == Path::new(PRIVATE_CGROUP) {

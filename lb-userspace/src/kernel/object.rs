@@ -243,7 +243,7 @@ impl Programs {
         Ok(program.fd().with_context(|| format!("program {name} is not loaded"))?.as_fd().try_clone_to_owned()?)
     }
 
-    /// Ids of the classifiers: ours, whatever the kernel calls them.
+    /// Loads the programs twice, for devices with and without Ethernet header, and creates the maps that are not pinned yet.
     pub fn load(generation: &Path, flows: &Path, capacity: &Capacity, options: &Options) -> Result<Self> {
         let constants = Constants::new(options)?;
         create_services(generation, capacity)?;

@@ -46,10 +46,15 @@ impl Drop for Watch {
 impl Watch {
     /// Subscribes in the thread's network namespace. Within a Tokio runtime.
     pub fn open() -> Result<Self> {
+        Self::with_buffer(BUFFER)
+    }
+
+    /// The same, with room for this many bytes of events.
+    pub fn with_buffer(bytes: usize) -> Result<Self> {
         let (mut connection, _, messages) =
             new_multicast_connection(&[MulticastGroup::Link, MulticastGroup::Ipv4Ifaddr, MulticastGroup::Ipv6Ifaddr])
                 .context("cannot subscribe to rtnetlink")?;
-        connection.socket_mut().socket_mut().set_rx_buf_sz(i32::try_from(BUFFER)?).context("cannot size the buffer")?;
+        connection.socket_mut().socket_mut().set_rx_buf_sz(i32::try_from(bytes)?).context("cannot size the buffer")?;
         let connection = tokio::spawn(connection);
         let mut watch = Self { messages, connection, snapshot: Snapshot::default(), births: 0 };
         watch.scan()?;
@@ -168,12 +173,11 @@ impl Watch {
 fn ask(ifindex: u32) -> Option<Link> {
     let mut question = LinkMessage::default();
     question.header.index = ifindex;
-    netlink::request(RouteNetlinkMessage::GetLink(question), NLM_F_ACK).ok()?.into_iter().find_map(
-        |answer| match answer {
-            RouteNetlinkMessage::NewLink(message) => link(message),
-            _ => None,
-        },
-    )
+    let answers = netlink::request(RouteNetlinkMessage::GetLink(question), NLM_F_ACK).ok()?;
+    answers.into_iter().find_map(|answer| {
+        let RouteNetlinkMessage::NewLink(message) = answer else { return None };
+        link(message)
+    })
 }
 
 #[expect(clippy::wildcard_enum_match_arm, reason = "links have many attributes that do not matter here")]
