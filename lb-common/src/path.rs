@@ -24,6 +24,9 @@ pub struct Hook {
     pub link_header: usize,
     /// Whether the packet is IPv6.
     pub v6: bool,
+    /// Whether an earlier hook says that it has translated the packet on its way through this host: a port of a bridge
+    /// hands its packets to the bridge, which is a device too. A hint that others may have lost or forged.
+    pub translated: bool,
 }
 
 /// Memory to work in, of which the stack of a kernel program (512 bytes) has too little. Nothing in it outlives a packet.

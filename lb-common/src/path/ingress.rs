@@ -69,7 +69,8 @@ fn transport<P: Packet, S: State>(
     {
         return action;
     }
-    if (headers.proto != protocol::TCP || headers.tcp & (tcp_flags::SYN | tcp_flags::ACK) == tcp_flags::SYN)
+    if !hook.translated
+        && (headers.proto != protocol::TCP || headers.tcp & (tcp_flags::SYN | tcp_flags::ACK) == tcp_flags::SYN)
         && state.may_be_endpoint(&headers.dst, headers.dport)
     {
         direct(headers, state);

@@ -162,12 +162,12 @@ fn ends(frame: &[u8]) -> (SocketAddr, SocketAddr) {
 }
 
 fn enter(machine: &mut Machine, frame: &mut Vec<u8>) -> Action {
-    let hook = Hook { device: 3, link_header: 14, v6: frame[12] == 0x86 };
+    let hook = Hook { device: 3, link_header: 14, v6: frame[12] == 0x86, translated: false };
     ingress(frame, &hook, &mut Scratch::NEW.clone(), machine)
 }
 
 fn leave(machine: &mut Machine, frame: &mut Vec<u8>) -> Action {
-    let hook = Hook { device: UPLINK, link_header: 14, v6: frame[12] == 0x86 };
+    let hook = Hook { device: UPLINK, link_header: 14, v6: frame[12] == 0x86, translated: false };
     egress(frame, &hook, &mut Scratch::NEW.clone(), machine)
 }
 
@@ -324,6 +324,20 @@ fn a_client_that_goes_straight_to_the_endpoint_later_gets_straight_answers() {
 }
 
 #[test]
+fn a_request_that_a_bridge_shows_again_keeps_its_flow() {
+    let mut machine = V4.machine(0);
+    for segment in [SYN, Segment::Udp] {
+        let mut packet = frame(V4.client(), V4.service(), segment);
+        enter(&mut machine, &mut packet);
+        let hook = Hook { device: 4, link_header: 14, v6: false, translated: true };
+        let action = ingress(&mut packet, &hook, &mut Scratch::NEW.clone(), &mut machine);
+        assert_eq!(action, Action::Next(Reason::NotService));
+        let answer = if matches!(segment, Segment::Udp) { Segment::Udp } else { SYN_ACK };
+        assert_eq!(cross(&mut machine, V4.endpoint(), V4.client(), answer), (V4.service(), V4.client()));
+    }
+}
+
+#[test]
 fn an_evicted_entry_is_restored_by_the_other_one() {
     for kind in [Kind::Request, Kind::Forwarded] {
         let mut machine = V4.machine(0);
@@ -446,7 +460,7 @@ proptest! {
             *version = if v6 { 0x60 } else { 0x45 };
         }
         let before = packet.clone();
-        let hook = Hook { device: UPLINK, link_header: 14, v6 };
+        let hook = Hook { device: UPLINK, link_header: 14, v6, translated: false };
         let run = if out { egress::<Vec<u8>, Machine> } else { ingress };
         let action = run(&mut packet, &hook, &mut Scratch::NEW.clone(), &mut machine);
         if action.reason().verdict() == Verdict::Pass {
