@@ -176,6 +176,14 @@ impl Flow {
         now.wrapping_sub(self.seen) > limit
     }
 
+    /// Whether both sides have ended the connection.
+    #[must_use]
+    #[inline(always)]
+    pub const fn is_closed(&self) -> bool {
+        let both = state::CLIENT_FIN | state::ENDPOINT_FIN;
+        self.state & state::RESET != 0 || self.state & both == both
+    }
+
     /// Notes the flags of a TCP packet. Answers whether it is the first sign that this side ends the connection.
     #[inline(always)]
     pub const fn note(&mut self, flags: u8, fin: u8) -> bool {

@@ -377,6 +377,18 @@ fn eight_thousand_flows_share_four_thousand_ports_and_again_after_they_are_idle(
 }
 
 #[test]
+fn a_closed_connection_gives_its_port_away_before_a_new_one_fails() {
+    let mut machine = V4.machine(frontend_flags::MASQUERADE);
+    for i in 0..6000_u16 {
+        let client = SocketAddr::new(V4.client().ip(), 10000 + i);
+        let (from, _) = cross(&mut machine, client, V4.service(), SYN);
+        cross(&mut machine, V4.endpoint(), from, SYN_ACK);
+        cross(&mut machine, client, V4.service(), FIN);
+        assert_eq!(cross(&mut machine, V4.endpoint(), from, FIN), (V4.service(), client), "connection {i}");
+    }
+}
+
+#[test]
 fn refusals_go_back_to_who_asked() {
     for case in [V4, V6] {
         for (segment, answered) in
