@@ -1,4 +1,6 @@
-//! `cargo xtask check`: what can be said about the source and the object without running it. Every check runs, also after one failed.
+//! `cargo xtask check`: what can be said about the source and the object without running it, or with `--kernel` how the agent does on
+//! kernels that are not this machine's. Every check runs, also after one failed. None of it is part of `cargo xtask test`: a kernel
+//! alone takes minutes.
 
 use std::path::PathBuf;
 use std::process::{Command, ExitCode};
@@ -6,24 +8,41 @@ use std::process::{Command, ExitCode};
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
 
+use crate::interrupt;
+use crate::kernels;
 use crate::process;
 use crate::setup;
 use crate::workspace;
 
 /// What to check.
 #[derive(Args)]
-pub struct Options {}
+pub struct Options {
+    /// Instead of that, boot this kernel of Debian in a virtual machine and try the agent there, which takes minutes; several can be
+    /// given
+    #[arg(long, value_name = "VERSION", value_parser = clap::builder::PossibleValuesParser::new(kernels::KNOWN))]
+    kernel: Vec<String>,
+}
 
 /// Returns what is worth saying beside `ok`.
-type Check = fn() -> Result<String>;
+type Check<'a> = Box<dyn Fn() -> Result<String> + 'a>;
 
 /// Runs all checks; the exit code is 0 if none found anything.
-pub fn run(_options: &Options) -> Result<ExitCode> {
+pub fn run(options: &Options) -> Result<ExitCode> {
+    interrupt::catch();
     setup::ensure()?;
     // One after another: two cargos at once wait for each other.
-    let checks: [(&str, Check); 3] = [("format", format), ("lints", lints), ("no panic in the eBPF object", no_panics)];
+    let mut checks: Vec<(String, Check)> = Vec::new();
+    if options.kernel.is_empty() {
+        checks.push(("format".to_owned(), Box::new(format)));
+        checks.push(("lints".to_owned(), Box::new(lints)));
+        checks.push(("no panic in the eBPF object".to_owned(), Box::new(no_panics)));
+    }
+    for version in &options.kernel {
+        checks.push((format!("Linux {version}"), Box::new(|| kernels::check(version))));
+    }
     let mut failed = 0;
     for (name, check) in checks {
+        interrupt::check()?;
         match check() {
             Ok(detail) => println!("ok      {name}{detail}"),
             Err(error) => {
@@ -31,6 +50,9 @@ pub fn run(_options: &Options) -> Result<ExitCode> {
                 failed += 1;
             }
         }
+    }
+    for version in kernels::KNOWN.iter().filter(|version| !options.kernel.iter().any(|asked| asked == *version)) {
+        println!("not tested  Linux {version}: `cargo xtask check --kernel {version}`");
     }
     Ok(if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
