@@ -9,7 +9,7 @@ use aya_ebpf::{
 use lb_common::{
     packet::Packet as _,
     path::{self, Action, Hook, Scratch},
-    reason::Reason,
+    reason::{Reason, Verdict},
     tables::State as _,
 };
 
@@ -28,6 +28,10 @@ const PACKET_HOST: u32 = 0;
 /// `pkt_type` of a frame for another host.
 const PACKET_OTHERHOST: u32 = 3;
 
+/// `tc_index` of a packet that ingress has translated. It survives until the packet leaves, unless another classifier has
+/// a use for the field.
+const TRANSLATED: u32 = 0x464c;
+
 /// Packets that enter the host.
 #[classifier]
 pub fn ingress(ctx: TcContext) -> i32 {
@@ -41,6 +45,10 @@ pub fn ingress(ctx: TcContext) -> i32 {
     packet.pull(hook.link_header + if hook.v6 { HEADERS_V6 } else { HEADERS_V4 });
     let Some(scratch) = scratch() else { return TC_ACT_UNSPEC };
     let action = path::ingress(&mut packet, &hook, scratch, &mut Maps::of_packet(skb));
+    if action.reason().verdict() == Verdict::Translate {
+        // SAFETY: the context is valid as long as the program runs.
+        unsafe { (*skb).tc_index = TRANSLATED };
+    }
     finish(action, &hook)
 }
 
@@ -75,7 +83,12 @@ fn hook(skb: *mut __sk_buff) -> Option<Hook> {
         IPV6 => true,
         _ => return None,
     };
-    if vlan != 0 { None } else { Some(Hook { device, link_header: LINK_HEADER.load() as usize, v6 }) }
+    if vlan != 0 {
+        return None;
+    }
+    // SAFETY: as above.
+    let translated = unsafe { (*skb).tc_index } == TRANSLATED;
+    Some(Hook { device, link_header: LINK_HEADER.load() as usize, v6, translated })
 }
 
 /// Whether a frame is this host's: by its type, or on a port of a bridge by the bridge's MAC address.

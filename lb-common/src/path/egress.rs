@@ -1,6 +1,6 @@
 //! The way out.
 
-use super::{Action, At, Hook, Scratch, care, complete_fragment, confirm, wants_care};
+use super::{Action, At, Hook, Scratch, care, close, complete_fragment, confirm, wants_care};
 use crate::{
     addr::{Addr, Port},
     flow::{Flow, FlowKey, Kind, flow_flags, state, tcp_flags},
@@ -42,7 +42,7 @@ fn transport<P: Packet, S: State>(
     state: &mut S,
 ) -> Action {
     if state.may_be_endpoint(&headers.src, headers.sport)
-        && let Some(action) = reply(packet, headers, state)
+        && let Some(action) = reply(packet, headers, flow, state)
     {
         return action;
     }
@@ -59,7 +59,7 @@ fn transport<P: Packet, S: State>(
 
 /// An answer of an endpoint: its source becomes the frontend again.
 #[inline(always)]
-fn reply<P: Packet, S: State>(packet: &mut P, headers: &Headers, state: &mut S) -> Option<Action> {
+fn reply<P: Packet, S: State>(packet: &mut P, headers: &Headers, scratch: &mut Flow, state: &mut S) -> Option<Action> {
     let key = FlowKey::new(Kind::Forwarded, headers.dst, headers.dport, headers.src, headers.sport, headers.proto);
     let now = state.now();
     let flow = state.flow(&key)?;
@@ -74,12 +74,12 @@ fn reply<P: Packet, S: State>(packet: &mut P, headers: &Headers, state: &mut S) 
     }
     let closes = headers.tcp & (tcp_flags::FIN | tcp_flags::RST) != 0 && flow.note(headers.tcp, state::ENDPOINT_FIN);
     if closes {
-        close(&key, state);
+        close(&key, scratch, state);
     }
     if !replied {
-        confirm(&key, state);
+        confirm(&key, scratch, state);
     } else if wants_care(seen, now) {
-        care(&key, now, state);
+        care(&key, now, scratch, state);
     }
     let shifted =
         client_port.be == headers.dport.be || rewrite_port(packet, headers, Side::Destination, client_port).is_some();
@@ -88,16 +88,6 @@ fn reply<P: Packet, S: State>(packet: &mut P, headers: &Headers, state: &mut S) 
     } else {
         Action::Drop(Reason::Internal)
     })
-}
-
-/// Tells the request's entry that the endpoint ends the connection.
-#[inline(never)]
-fn close<S: State>(key: &FlowKey, state: &mut S) {
-    let Some(flow) = state.flow(key) else { return };
-    let (request, closing) = (flow.request_key(key.proto), flow.state & state::CLOSING);
-    if let Some(request) = state.flow(&request) {
-        request.state |= closing;
-    }
 }
 
 /// A request on its way to an endpoint: its source becomes the node's if it must.
@@ -138,7 +128,6 @@ fn take_port<S: State>(key: &FlowKey, device: u32, flow: &mut Flow, state: &mut 
         Some(entry) => *flow = *entry,
         None => return Err(Reason::Internal),
     }
-    let now = state.now();
     let v4 = flow.client.is_v4();
     let node = match state.device(device) {
         Some(device) if v4 => device.masquerade_v4,
@@ -148,24 +137,46 @@ fn take_port<S: State>(key: &FlowKey, device: u32, flow: &mut Flow, state: &mut 
     if node.same(&node.unspecified()) || node.is_v4() != v4 {
         return Err(Reason::NoMasqueradeAddress);
     }
-    let (first, ports) = state.masquerade_ports();
     let seed = hash::tuple(&flow.client, flow.forwarded_port, &flow.endpoint, flow.endpoint_port);
-    flow.node = node;
+    (flow.node, flow.node_port) = (node, Port::ZERO);
+    // An odd step visits every port of a range of a power of two, and two that start alike part at once.
+    let step = seed >> 16 | 1;
     let mut probe = 0;
     while probe < PROBES {
-        let offset = seed.wrapping_add(probe).checked_rem(u32::from(ports)).unwrap_or(0);
-        flow.node_port = Port::new(first.wrapping_add(offset as u16));
-        let masqueraded = flow.masqueraded_key(key.proto);
-        if is_free(&masqueraded, flow, now, state) {
-            if !state.insert_flow(&masqueraded, flow) {
-                return Err(Reason::FlowTableFull);
+        // The best port so far is kept where the verifier forgets its value, or it would follow every combination.
+        let flow = core::hint::black_box(&mut *flow);
+        let port = port_at(seed.wrapping_add(probe.wrapping_mul(step)), state);
+        match holder(flow, port, key.proto, state) {
+            Holder::Nobody => {
+                flow.node_port = port;
+                // Another CPU may take it at the same time.
+                if state.claim_flow(&flow.masqueraded_key(key.proto), flow) {
+                    note_port(key, flow, state);
+                    return Ok(());
+                }
+                flow.node_port = Port::ZERO;
             }
-            note_port(key, flow, state);
-            return Ok(());
+            Holder::Closed if flow.node_port.be == 0 => flow.node_port = port,
+            Holder::Closed | Holder::Live => {}
         }
         probe += 1;
     }
-    Err(Reason::NoMasqueradePort)
+    let flow = core::hint::black_box(flow);
+    if flow.node_port.be == 0 {
+        return Err(Reason::NoMasqueradePort);
+    }
+    state.remove_flow(&flow.masqueraded_key(key.proto));
+    if !state.claim_flow(&flow.masqueraded_key(key.proto), flow) {
+        return Err(Reason::FlowTableFull);
+    }
+    note_port(key, flow, state);
+    Ok(())
+}
+
+#[inline(always)]
+fn port_at<S: State>(number: u32, state: &S) -> Port {
+    let (first, ports) = state.masquerade_ports();
+    Port::new(first.wrapping_add(number.checked_rem(u32::from(ports)).unwrap_or(0) as u16))
 }
 
 #[inline(always)]
@@ -178,12 +189,30 @@ fn note_port<S: State>(key: &FlowKey, taken: &Flow, state: &mut S) {
     }
 }
 
-/// Whether a masqueraded tuple is nobody's, or was of a connection that is over, or of the same client end.
-#[inline(always)]
-fn is_free<S: State>(key: &FlowKey, flow: &Flow, now: u32, state: &mut S) -> bool {
-    let Some(holder) = state.flow(key) else { return true };
-    holder.is_idle(key.proto, now)
+/// Who has a masqueraded tuple.
+#[derive(Clone, Copy)]
+enum Holder {
+    /// Nobody, or who asks.
+    Nobody,
+    /// A connection that both sides have ended. Its tuple is left alone for a while, as TIME_WAIT asks, but given away
+    /// before a new connection fails (a new SYN may follow it, RFC 9293 §3.6.1).
+    Closed,
+    /// Somebody.
+    Live,
+}
+
+#[inline(never)]
+fn holder<S: State>(flow: &Flow, port: Port, proto: u8, state: &mut S) -> Holder {
+    let key = FlowKey::new(Kind::Masqueraded, flow.node, port, flow.endpoint, flow.endpoint_port, proto);
+    let now = state.now();
+    let Some(holder) = state.flow(&key) else { return Holder::Nobody };
+    if holder.is_idle(proto, now)
         || holder.client.same(&flow.client) && holder.forwarded_port.be == flow.forwarded_port.be
+    {
+        state.remove_flow(&key);
+        return Holder::Nobody;
+    }
+    if proto == protocol::TCP && holder.is_closed() { Holder::Closed } else { Holder::Live }
 }
 
 /// A packet of the node itself from a port that is also a NodePort: the answer will not be a request.

@@ -162,12 +162,12 @@ fn ends(frame: &[u8]) -> (SocketAddr, SocketAddr) {
 }
 
 fn enter(machine: &mut Machine, frame: &mut Vec<u8>) -> Action {
-    let hook = Hook { device: 3, link_header: 14, v6: frame[12] == 0x86 };
+    let hook = Hook { device: 3, link_header: 14, v6: frame[12] == 0x86, translated: false };
     ingress(frame, &hook, &mut Scratch::NEW.clone(), machine)
 }
 
 fn leave(machine: &mut Machine, frame: &mut Vec<u8>) -> Action {
-    let hook = Hook { device: UPLINK, link_header: 14, v6: frame[12] == 0x86 };
+    let hook = Hook { device: UPLINK, link_header: 14, v6: frame[12] == 0x86, translated: false };
     egress(frame, &hook, &mut Scratch::NEW.clone(), machine)
 }
 
@@ -324,6 +324,20 @@ fn a_client_that_goes_straight_to_the_endpoint_later_gets_straight_answers() {
 }
 
 #[test]
+fn a_request_that_a_bridge_shows_again_keeps_its_flow() {
+    let mut machine = V4.machine(0);
+    for segment in [SYN, Segment::Udp] {
+        let mut packet = frame(V4.client(), V4.service(), segment);
+        enter(&mut machine, &mut packet);
+        let hook = Hook { device: 4, link_header: 14, v6: false, translated: true };
+        let action = ingress(&mut packet, &hook, &mut Scratch::NEW.clone(), &mut machine);
+        assert_eq!(action, Action::Next(Reason::NotService));
+        let answer = if matches!(segment, Segment::Udp) { Segment::Udp } else { SYN_ACK };
+        assert_eq!(cross(&mut machine, V4.endpoint(), V4.client(), answer), (V4.service(), V4.client()));
+    }
+}
+
+#[test]
 fn an_evicted_entry_is_restored_by_the_other_one() {
     for kind in [Kind::Request, Kind::Forwarded] {
         let mut machine = V4.machine(0);
@@ -339,6 +353,50 @@ fn an_evicted_entry_is_restored_by_the_other_one() {
         assert_eq!(machine.flows.len(), 2);
         assert_eq!(cross(&mut machine, V4.endpoint(), V4.client(), ACK), (V4.service(), V4.client()));
     }
+}
+
+#[test]
+fn an_evicted_masquerade_entry_is_restored_by_a_request() {
+    let mut machine = V4.machine(frontend_flags::MASQUERADE);
+    let (from, _) = cross(&mut machine, V4.client(), V4.service(), SYN);
+    cross(&mut machine, V4.endpoint(), from, SYN_ACK);
+    machine.flows.retain(|key, _| key.kind != Kind::Masqueraded as u8);
+    machine.now += 10;
+    cross(&mut machine, V4.client(), V4.service(), ACK);
+    assert_eq!(cross(&mut machine, V4.endpoint(), from, ACK), (V4.service(), V4.client()));
+}
+
+#[test]
+fn every_end_of_a_masqueraded_connection_frees_its_port_in_time() {
+    let rst = Segment::Tcp(tcp_flags::RST);
+    let ends: [(&str, &[(bool, Segment)], u32); 5] = [
+        ("reset by the client", &[(true, rst)], 60),
+        ("reset by the endpoint", &[(false, rst)], 60),
+        ("closed by both", &[(true, FIN), (false, FIN)], 60),
+        ("closed by one", &[(true, FIN)], 3600),
+        ("established", &[], 24 * 3600),
+    ];
+    for (name, end, limit) in ends {
+        let mut machine = V4.machine(frontend_flags::MASQUERADE);
+        let (from, _) = cross(&mut machine, V4.client(), V4.service(), SYN);
+        cross(&mut machine, V4.endpoint(), from, SYN_ACK);
+        for (by_client, segment) in end {
+            let (from, to) = if *by_client { (V4.client(), V4.service()) } else { (V4.endpoint(), from) };
+            cross(&mut machine, from, to, *segment);
+        }
+        for (key, (flow, _)) in &machine.flows {
+            assert!(!flow.is_idle(key.proto, limit), "{name}: {key:?} is over too soon");
+            assert!(flow.is_idle(key.proto, limit + 1), "{name}: {key:?} is not over");
+        }
+    }
+}
+
+#[test]
+fn a_packet_that_another_cpu_saw_a_moment_later_ends_nothing() {
+    let mut machine = V4.machine(0);
+    machine.now = 100;
+    cross(&mut machine, V4.client(), V4.service(), SYN);
+    assert!(machine.flows.iter().all(|(key, (flow, _))| !flow.is_idle(key.proto, 99)));
 }
 
 #[test]
@@ -363,11 +421,37 @@ fn eight_thousand_flows_share_four_thousand_ports_and_again_after_they_are_idle(
 }
 
 #[test]
+fn a_closed_connection_gives_its_port_away_before_a_new_one_fails() {
+    let mut machine = V4.machine(frontend_flags::MASQUERADE);
+    for i in 0..6000_u16 {
+        let client = SocketAddr::new(V4.client().ip(), 10000 + i);
+        let (from, _) = cross(&mut machine, client, V4.service(), SYN);
+        cross(&mut machine, V4.endpoint(), from, SYN_ACK);
+        cross(&mut machine, client, V4.service(), FIN);
+        assert_eq!(cross(&mut machine, V4.endpoint(), from, FIN), (V4.service(), client), "connection {i}");
+    }
+}
+
+/// What a device makes of a packet whose checksum its sender left to it (`skb_checksum_help`).
+fn completed(frame: &[u8], segment: Segment) -> Vec<u8> {
+    let start = if frame[12] == 0x86 { 54 } else { 34 };
+    let field = start + if matches!(segment, Segment::Udp) { 6 } else { 16 };
+    let words =
+        frame[start..].chunks(2).map(|word| u64::from(u16::from_ne_bytes([word[0], *word.get(1).unwrap_or(&0)])));
+    let mut frame = frame.to_vec();
+    let sum = match !crate::checksum::fold(words.sum()) {
+        0 => 0xffff,
+        sum => sum,
+    };
+    frame.write(field, sum).unwrap();
+    frame
+}
+
+#[test]
 fn refusals_go_back_to_who_asked() {
-    for case in [V4, V6] {
-        for (segment, answered) in
-            [(SYN, true), (Segment::Udp, true), (ACK, false), (Segment::Tcp(tcp_flags::RST), false)]
-        {
+    let cases = [(SYN, true), (Segment::Udp, true), (ACK, false), (Segment::Tcp(tcp_flags::RST), false)];
+    for (case, partial) in [(V4, false), (V6, false), (V4, true), (V6, true)] {
+        for (segment, answered) in cases {
             let mut machine = case.machine(0);
             add_service(&mut machine, 1, case.service(), &[], 0);
             let mut frame = frame(case.client(), case.service(), segment);
@@ -377,12 +461,17 @@ fn refusals_go_back_to_who_asked() {
                 continue;
             }
             assert_eq!(action, Action::Answer(Reason::NoEndpoints));
+            let frame = if partial { completed(&frame, segment) } else { frame };
             assert_eq!(action.reason().verdict(), Verdict::Refuse);
             assert_eq!(frame[..6], [2, 0, 0, 0, 0, 1]);
             if matches!(segment, Segment::Udp) {
                 let sliced = SlicedPacket::from_ethernet(&frame).unwrap();
                 match sliced.transport.unwrap() {
-                    TransportSlice::Icmpv4(icmp) => assert_eq!((icmp.type_u8(), icmp.code_u8()), (3, 3)),
+                    TransportSlice::Icmpv4(icmp) => {
+                        assert_eq!((icmp.type_u8(), icmp.code_u8()), (3, 3));
+                        let words = frame[34..].chunks(2).map(|w| u64::from(u16::from_ne_bytes([w[0], w[1]])));
+                        assert_eq!(crate::checksum::fold(words.sum()), 0xffff, "the checksum");
+                    }
                     TransportSlice::Icmpv6(icmp) => {
                         assert_eq!((icmp.type_u8(), icmp.code_u8()), (1, 4));
                         let (from, to) = (case.service().ip(), case.client().ip());
@@ -446,7 +535,7 @@ proptest! {
             *version = if v6 { 0x60 } else { 0x45 };
         }
         let before = packet.clone();
-        let hook = Hook { device: UPLINK, link_header: 14, v6 };
+        let hook = Hook { device: UPLINK, link_header: 14, v6, translated: false };
         let run = if out { egress::<Vec<u8>, Machine> } else { ingress };
         let action = run(&mut packet, &hook, &mut Scratch::NEW.clone(), &mut machine);
         if action.reason().verdict() == Verdict::Pass {
