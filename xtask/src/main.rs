@@ -7,6 +7,7 @@ mod kernels;
 mod process;
 mod scale;
 mod setup;
+mod stack;
 mod test;
 mod workspace;
 

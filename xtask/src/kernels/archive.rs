@@ -112,6 +112,6 @@ mod tests {
             ["a\0", "a/b\0", "a/b/c\0", "12345", "TRAILER!!!\0"].iter().map(|name| text.find(name).unwrap()).collect();
         assert!(places.is_sorted(), "{places:?}");
         assert_eq!(text.matches("070701").count(), 4);
-        assert_eq!(&text[..22], "0707010000000100040755"[..22].replace("00040755", "000041ed").as_str());
+        assert!(text.starts_with("07070100000001000041ed"), "a folder, mode 0755");
     }
 }

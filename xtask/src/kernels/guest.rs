@@ -1,9 +1,10 @@
 //! The first process of a virtual machine. In: a kernel without anything else. Out: a report on the second serial port, and the
 //! machine switched off. Never run outside of one: it mounts, loads modules and ends the machine.
 
+use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::{self, ErrorKind};
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
@@ -15,7 +16,7 @@ use serde_json::Value;
 use tests::manifest::{PodObject, Service, node_object};
 use tests::{Agent, Answer, Client, Lab, Protocol, Topology, topology};
 
-use super::report::{Program, Report, Round};
+use super::report::{Program, Report, Round, Tried};
 
 /// Where the agent is.
 pub const AGENT: &str = "/bin/fairlead";
@@ -24,6 +25,10 @@ pub const MODULES: &str = "/modules";
 
 /// The port that endpoints listen on.
 const TARGET: u16 = 8080;
+/// The last number of the ClusterIPs of the Service with endpoints.
+const WEB: u16 = 10;
+/// That of the one without.
+const EMPTY: u16 = 11;
 /// The NodePort of the Service.
 const NODE_PORT: u16 = 30_080;
 
@@ -62,7 +67,7 @@ fn work(report: &mut Report) -> Result<()> {
     mount("bpf", "/sys/fs/bpf")?;
     report.kernel = fs::read_to_string("/proc/sys/kernel/osrelease")?.trim().to_owned();
     load_modules()?;
-    // SAFETY: one thread, before any other of this process reads the environment.
+    // SAFETY: the only other thread waits for this one; nobody reads the environment meanwhile.
     unsafe { std::env::set_var("PATH", "/bin") };
 
     let lab = Lab::build(Topology { binary: Some(PathBuf::from(AGENT)), ..Topology::default() })?;
@@ -73,6 +78,22 @@ fn work(report: &mut Report) -> Result<()> {
         println!("round: --attach {asked}");
         round(&lab, asked, report).with_context(|| format!("--attach {asked}"))?;
     }
+    clean_up(&lab, report)
+}
+
+/// `fairlead cleanup`, and whether the data plane is gone.
+fn clean_up(lab: &Lab, report: &mut Report) -> Result<()> {
+    let agent = Agent::new(lab, lab.node(1), lab.manifests().path(), &[])?;
+    let output = agent.cli(&["cleanup"]);
+    ensure!(output.status.success(), "fairlead cleanup: {}", String::from_utf8_lossy(&output.stderr));
+    let pins = fs::read_dir(agent.bpffs())?.count();
+    ensure!(pins == 0, "fairlead cleanup leaves {pins} pins");
+    let [address, _] = cluster_ip(WEB);
+    for (from, client) in [("a pod", lab.client(lab.pod(1, 2))), ("the node", lab.host_client(lab.node(1)))] {
+        let answer = client.with_timeout(Duration::from_secs(1)).ask(Protocol::Tcp, address);
+        ensure!(answer.is_err(), "after fairlead cleanup {from} still reaches the Service: {answer:?}");
+    }
+    report.cleaned = true;
     Ok(())
 }
 
@@ -105,10 +126,10 @@ fn load_modules() -> Result<()> {
 fn write_manifests(lab: &Lab) {
     let manifests = lab.manifests();
     manifests.write_list("nodes.json", lab.nodes.iter().map(node_object));
-    let web = Service::new("web").selector("app", "web").dual_stack(10);
+    let web = Service::new("web").selector("app", "web").dual_stack(WEB);
     let web = web.node_port("tcp", "TCP", 80, TARGET, NODE_PORT).node_port("udp", "UDP", 80, TARGET, NODE_PORT);
     manifests.write("web.json", web);
-    let empty = Service::new("empty").selector("app", "none").dual_stack(11);
+    let empty = Service::new("empty").selector("app", "none").dual_stack(EMPTY);
     manifests.write("empty.json", empty.port("tcp", "TCP", 80, TARGET).port("udp", "UDP", 80, TARGET));
     for pod in [lab.pod(1, 1), lab.pod(2, 1)] {
         manifests.write(&format!("{}.json", pod.name), PodObject::of(pod).label("app", "web"));
@@ -160,52 +181,53 @@ fn loaded(line: &str) -> Option<Program> {
     })
 }
 
-/// Everything that is tried: both families, from a pod, from the node's sockets, from outside.
-fn connections(lab: &Lab) -> Vec<(String, Option<String>)> {
+/// Everything that is tried, over both families: from a pod, from the node's sockets, from outside.
+fn connections(lab: &Lab) -> Vec<Tried> {
     use Protocol::{Tcp, Udp, UdpUnconnected};
     let pod = lab.client(lab.pod(1, 2)).with_timeout(PATIENCE);
     let node = lab.host_client(lab.node(1)).with_timeout(PATIENCE);
     let outside = lab.outside_client().with_timeout(PATIENCE);
-    let web: [IpAddr; 2] = [[10, 96, 0, 10].into(), [0xfd00, 0x10, 0x96, 0, 0, 0, 0, 10].into()];
-    let empty: [IpAddr; 2] = [[10, 96, 0, 11].into(), [0xfd00, 0x10, 0x96, 0, 0, 0, 0, 11].into()];
-    let nodes: [IpAddr; 2] = [topology::node_v4(1).into(), topology::node_v6(1).into()];
     let mut tried = Vec::new();
+    let mut try_both = |what: String, to: [SocketAddr; 2], ask: &dyn Fn(SocketAddr) -> Option<String>| {
+        tried.push(Tried { what, wrong: to.map(ask) });
+    };
     for (from, client) in [("a pod", &pod), ("the node", &node)] {
         for protocol in [Tcp, Udp, UdpUnconnected] {
-            for address in web {
-                let what = format!("{protocol:?} from {from} to a ClusterIP, {}", family(address));
-                tried.push((what, both_answer(client, protocol, SocketAddr::new(address, 80))));
-            }
+            let what = format!("{} from {from} to a ClusterIP", spoken(protocol));
+            try_both(what, cluster_ip(WEB), &|to| both_answer(client, protocol, to));
         }
         for protocol in [Tcp, Udp] {
-            for address in empty {
-                let what = format!("{protocol:?} from {from} to a Service without endpoints, {}", family(address));
-                let answer = client.ask(protocol, SocketAddr::new(address, 80));
-                tried.push((what, refused(&answer)));
-            }
+            let what = format!("{} from {from}, refused without endpoints", spoken(protocol));
+            try_both(what, cluster_ip(EMPTY), &|to| refused(&client.ask(protocol, to)));
         }
     }
+    let nodes = [SocketAddr::from((topology::node_v4(1), NODE_PORT)), (topology::node_v6(1), NODE_PORT).into()];
     for protocol in [Tcp, Udp] {
-        for address in nodes {
-            let what = format!("{protocol:?} from outside to a NodePort, {}", family(address));
-            tried.push((what, both_answer(&outside, protocol, SocketAddr::new(address, NODE_PORT))));
-        }
+        let what = format!("{} from outside to a NodePort", spoken(protocol));
+        try_both(what, nodes, &|to| both_answer(&outside, protocol, to));
     }
-    for address in web {
-        let what = format!("256 KiB each way from a pod to a ClusterIP, {}", family(address));
-        let wrong = pod.stream(SocketAddr::new(address, 80), 256 << 10).err();
-        tried.push((what, wrong.map(|error| error.to_string())));
-    }
+    try_both("256 KiB each way, pod to ClusterIP".to_owned(), cluster_ip(WEB), &|to| {
+        pod.stream(to, 256 << 10).err().map(|error| error.to_string())
+    });
     tried
 }
 
-fn family(address: IpAddr) -> &'static str {
-    if address.is_ipv4() { "IPv4" } else { "IPv6" }
+fn cluster_ip(number: u16) -> [SocketAddr; 2] {
+    let [high, low] = number.to_be_bytes();
+    [([10, 96, high, low], 80).into(), ([0xfd00, 0x10, 0x96, 0, 0, 0, 0, number], 80).into()]
+}
+
+fn spoken(protocol: Protocol) -> &'static str {
+    match protocol {
+        Protocol::Tcp => "TCP",
+        Protocol::Udp => "connected UDP",
+        Protocol::UdpUnconnected => "UDP",
+    }
 }
 
 /// Asks until the endpoint of this node and the one of the other have answered; says what is wrong.
 fn both_answer(client: &Client, protocol: Protocol, to: SocketAddr) -> Option<String> {
-    let mut seen = std::collections::BTreeSet::new();
+    let mut seen = BTreeSet::new();
     for _ in 0..64 {
         match client.ask(protocol, to) {
             Ok(Answer { by, .. }) => seen.insert(by),
@@ -221,6 +243,7 @@ fn both_answer(client: &Client, protocol: Protocol, to: SocketAddr) -> Option<St
 fn refused(answer: &io::Result<Answer>) -> Option<String> {
     match answer {
         Err(error) if error.kind() == ErrorKind::ConnectionRefused => None,
-        other => Some(format!("not refused: {other:?}")),
+        Err(error) => Some(format!("not refused: {error}")),
+        Ok(answer) => Some(format!("not refused: {answer:?}")),
     }
 }

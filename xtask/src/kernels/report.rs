@@ -1,5 +1,7 @@
 //! What a guest found out. In: one line of JSON from it. Out: a table for people, and whether all is as it should be.
 
+use std::collections::BTreeSet;
+
 use anyhow::{Result, bail};
 use serde_json::{Value, json};
 
@@ -12,6 +14,8 @@ pub struct Report {
     pub programs: Vec<Program>,
     /// One for each way to attach.
     pub rounds: Vec<Round>,
+    /// Whether `fairlead cleanup` left nothing.
+    pub cleaned: bool,
     /// What ended it early.
     pub error: Option<String>,
 }
@@ -36,8 +40,17 @@ pub struct Round {
     pub mechanism: String,
     /// How many programs are attached.
     pub attached: usize,
-    /// What was tried, and what went wrong with it.
-    pub connections: Vec<(String, Option<String>)>,
+    /// What was tried.
+    pub connections: Vec<Tried>,
+}
+
+/// A kind of connection.
+#[derive(Debug)]
+pub struct Tried {
+    /// What it is.
+    pub what: String,
+    /// What went wrong with it, over IPv4 and over IPv6.
+    pub wrong: [Option<String>; 2],
 }
 
 impl Report {
@@ -67,11 +80,15 @@ impl Report {
                         attached: usize::try_from(round["attached"].as_u64()?).ok()?,
                         connections: list(&round["connections"])
                             .iter()
-                            .filter_map(|tried| Some((text(&tried["what"])?, text(&tried["wrong"]))))
+                            .filter_map(|tried| {
+                                let wrong = [text(&tried["wrong"][0]), text(&tried["wrong"][1])];
+                                Some(Tried { what: text(&tried["what"])?, wrong })
+                            })
                             .collect(),
                     })
                 })
                 .collect(),
+            cleaned: json["cleaned"] == true,
             error: text(&json["error"]),
         })
     }
@@ -90,7 +107,7 @@ impl Report {
             .iter()
             .map(|round| {
                 let connections: Vec<Value> =
-                    round.connections.iter().map(|(what, wrong)| json!({"what": what, "wrong": wrong})).collect();
+                    round.connections.iter().map(|tried| json!({"what": tried.what, "wrong": tried.wrong})).collect();
                 json!({
                     "asked": round.asked,
                     "mechanism": round.mechanism,
@@ -99,24 +116,36 @@ impl Report {
                 })
             })
             .collect();
-        json!({"kernel": self.kernel, "programs": programs, "rounds": rounds, "error": self.error}).to_string()
+        json!({
+            "kernel": self.kernel,
+            "programs": programs,
+            "rounds": rounds,
+            "cleaned": self.cleaned,
+            "error": self.error,
+        })
+        .to_string()
     }
 
     /// Prints the tables.
     pub fn print(&self) {
         println!("\nLinux {} in a virtual machine (times are of an emulated processor)\n", self.kernel);
-        println!("  {:<24} {:>10} {:>9}  result", "program", "verified", "load");
+        println!("  {:<24} {:>21} {:>10}  result", "program", "instructions verified", "load");
         for Program { name, verified, milliseconds } in &self.programs {
-            println!("  {name:<24} {verified:>10} {milliseconds:>6} ms  loaded");
+            println!("  {name:<24} {verified:>21} {milliseconds:>7} ms  loaded");
         }
         for round in &self.rounds {
-            println!("\n  --attach {}: by {}, {} programs attached", round.asked, round.mechanism, round.attached);
-            for (what, wrong) in &round.connections {
-                match wrong {
-                    None => println!("    ok      {what}"),
-                    Some(wrong) => println!("    FAILED  {what}: {wrong}"),
+            let Round { asked, mechanism, attached, connections } = round;
+            println!("\n  {:<53} IPv4    IPv6", format!("--attach {asked}: {attached} programs, by {mechanism}"));
+            for Tried { what, wrong: [v4, v6] } in connections {
+                let word = |wrong: &Option<String>| if wrong.is_none() { "ok" } else { "FAILED" };
+                println!("  {what:<53} {:<7} {}", word(v4), word(v6));
+                for wrong in [v4, v6].into_iter().flatten() {
+                    println!("      {wrong}");
                 }
             }
+        }
+        if self.cleaned {
+            println!("\n  fairlead cleanup: nothing is left");
         }
         if let Some(error) = &self.error {
             println!("\n  It ended with: {error}");
@@ -126,21 +155,24 @@ impl Report {
 
     /// What `cargo xtask check` says of it in a line.
     pub fn verdict(&self) -> Result<String> {
-        if self.error.is_some() {
-            bail!("it did not come to its end; the table above says why");
+        if self.error.is_some() || !self.cleaned {
+            bail!("it did not come to its end; see above");
         }
-        let tried = self.rounds.iter().flat_map(|round| &round.connections);
-        let (wrong, right): (Vec<_>, Vec<_>) = tried.partition(|(_, wrong)| wrong.is_some());
-        if !wrong.is_empty() || right.is_empty() || self.programs.is_empty() {
-            bail!("{} of {} connections failed", wrong.len(), wrong.len() + right.len());
+        let tried = || self.rounds.iter().flat_map(|round| &round.connections).flat_map(|tried| &tried.wrong);
+        let failed = tried().filter(|wrong| wrong.is_some()).count();
+        if failed > 0 || tried().count() == 0 {
+            bail!("{failed} of {} kinds of connections failed; see above", tried().count());
         }
-        let ways: Vec<&str> = self.rounds.iter().map(|round| round.mechanism.as_str()).collect();
-        let most = self.programs.iter().map(|program| program.verified).max().unwrap_or(0);
+        let Some(most) = self.programs.iter().map(|program| program.verified).max() else {
+            bail!("the agent's log names no program that was loaded");
+        };
+        let ways: BTreeSet<&str> = self.rounds.iter().map(|round| round.mechanism.as_str()).collect();
+        let ways: Vec<&str> = ways.into_iter().collect();
         Ok(format!(
-            " ({}: {} programs, at most {most} instructions verified; {} connections, by {})",
+            " ({}): {} programs loaded, at most {most} instructions verified; {} kinds of connections passed, by {}",
             self.kernel,
             self.programs.len(),
-            right.len(),
+            tried().count(),
             ways.join(" and ")
         ))
     }
@@ -148,7 +180,7 @@ impl Report {
 
 #[cfg(test)]
 mod tests {
-    use super::{Program, Report, Round};
+    use super::{Program, Report, Round, Tried};
 
     #[test]
     fn a_report_survives_its_way_as_a_line() {
@@ -159,8 +191,9 @@ mod tests {
                 asked: "auto".into(),
                 mechanism: "clsact".into(),
                 attached: 4,
-                connections: vec![("tcp".into(), None), ("udp".into(), Some("timed out".into()))],
+                connections: vec![Tried { what: "tcp".into(), wrong: [None, Some("timed out".into())] }],
             }],
+            cleaned: true,
             error: None,
         };
         let line = report.to_line();
