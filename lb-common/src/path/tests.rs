@@ -1,4 +1,5 @@
 //! The way there and back through both hooks, on a [`Machine`].
+#![expect(clippy::wildcard_enum_match_arm, reason = "what else there is is a failure")]
 
 use core::net::{IpAddr, SocketAddr};
 
@@ -368,10 +369,11 @@ fn an_evicted_masquerade_entry_is_restored_by_a_request() {
 
 #[test]
 fn every_end_of_a_masqueraded_connection_frees_its_port_in_time() {
-    let rst = Segment::Tcp(tcp_flags::RST);
-    let ends: [(&str, &[(bool, Segment)], u32); 5] = [
-        ("reset by the client", &[(true, rst)], 60),
-        ("reset by the endpoint", &[(false, rst)], 60),
+    const RST: Segment = Segment::Tcp(tcp_flags::RST);
+    type Case = (&'static str, &'static [(bool, Segment)], u32);
+    let ends: [Case; 5] = [
+        ("reset by the client", &[(true, RST)], 60),
+        ("reset by the endpoint", &[(false, RST)], 60),
         ("closed by both", &[(true, FIN), (false, FIN)], 60),
         ("closed by one", &[(true, FIN)], 3600),
         ("established", &[], 24 * 3600),
@@ -445,6 +447,23 @@ fn completed(frame: &[u8], segment: Segment) -> Vec<u8> {
     };
     frame.write(field, sum).unwrap();
     frame
+}
+
+#[test]
+fn a_cluster_ip_that_is_the_nodes_own_address_is_left_to_the_host() {
+    for (flags, own, passed) in [
+        (frontend_flags::CLUSTER_IP, true, true),
+        (frontend_flags::ANY_PORT, true, true),
+        (frontend_flags::CLUSTER_IP, false, false),
+        (0, true, false),
+    ] {
+        let mut machine = V4.machine(flags);
+        if own {
+            machine.tables.node_addresses.insert(V4.service().ip().into(), node_flags::LOCAL);
+        }
+        let action = enter(&mut machine, &mut frame(V4.client(), V4.service(), SYN));
+        assert_eq!(action == Action::Next(Reason::OwnAddress), passed, "{flags:x} {own}");
+    }
 }
 
 #[test]
