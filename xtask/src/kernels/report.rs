@@ -135,10 +135,10 @@ impl Report {
         }
         for round in &self.rounds {
             let Round { asked, mechanism, attached, connections } = round;
-            println!("\n  {:<53} IPv4    IPv6", format!("--attach {asked}: {attached} programs, by {mechanism}"));
+            println!("\n  {:<55} IPv4    IPv6", format!("--attach {asked}: {attached} programs, by {mechanism}"));
             for Tried { what, wrong: [v4, v6] } in connections {
                 let word = |wrong: &Option<String>| if wrong.is_none() { "ok" } else { "FAILED" };
-                println!("  {what:<53} {:<7} {}", word(v4), word(v6));
+                println!("  {what:<55} {:<7} {}", word(v4), word(v6));
                 for wrong in [v4, v6].into_iter().flatten() {
                     println!("      {wrong}");
                 }
