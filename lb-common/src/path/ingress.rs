@@ -34,6 +34,7 @@ pub fn ingress<P: Packet, S: State>(packet: &mut P, hook: &Hook, scratch: &mut S
     let headers = core::hint::black_box(headers);
     let whole = matches!(headers.part, Part::Whole);
     let action = if !headers.has_ports() {
+        // Not within `other`: Linux before 6.7 rounds each frame of a call chain up to 32 bytes, and this is the longest.
         icmp::ingress(packet, headers, quoted, state).unwrap_or_else(|| other(packet, hook, headers, state))
     } else if whole || complete_fragment(headers, At::Ingress, state) {
         transport(packet, hook, headers, question, flow, state)
@@ -191,9 +192,9 @@ fn lost_fragment<S: State>(headers: &Headers, state: &S) -> Action {
     Action::Next(Reason::NotService)
 }
 
-/// Protocols without ports, but for ICMP errors about connections of ours: what a ClusterIP doesn't have.
+/// Protocols without ports, but for ICMP errors about connections of ours: everything that a ClusterIP doesn't have.
 #[inline(never)]
-fn other<P: Packet, S: State>(packet: &mut P, hook: &Hook, headers: &Headers, state: &mut S) -> Action {
+fn other<P: Packet, S: State>(packet: &P, hook: &Hook, headers: &Headers, state: &S) -> Action {
     if headers.v6 && headers.proto == protocol::ICMPV6 && icmp::is_neighbour_discovery(packet, headers) {
         return Action::Next(Reason::NotService);
     }

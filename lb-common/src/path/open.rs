@@ -38,6 +38,8 @@ pub(super) fn open<S: State>(
         device: hook.device,
     };
     let hash = hash::tuple(&headers.src, headers.sport, &headers.dst, headers.dport);
+    // From here on the headers are read anew: what was read for the hash would be kept on the stack, which is short.
+    let headers = core::hint::black_box(headers);
     let mid_flow = headers.proto == protocol::TCP && headers.tcp & (tcp_flags::SYN | tcp_flags::ACK) != tcp_flags::SYN;
     let question = core::hint::black_box(question);
     match decide(question, hash, state) {
