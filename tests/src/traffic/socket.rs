@@ -7,7 +7,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, connect, ipproto, socket_with, sockopt};
+use rustix::net::{AddressFamily, SendFlags, SocketFlags, SocketType, bind, connect, ipproto, socket_with, sockopt};
 
 /// Connects within `timeout`, from `source` where one is given; the socket is in the calling thread's namespace.
 pub fn connect_tcp(source: Option<SocketAddr>, to: SocketAddr, timeout: Duration) -> io::Result<TcpStream> {
@@ -87,4 +87,12 @@ pub fn option(socket: &impl AsRawFd, level: i32, option: i32) -> io::Result<i32>
     let result =
         unsafe { libc::getsockopt(socket.as_raw_fd(), level, option, (&raw mut value).cast(), &raw mut length) };
     if result == 0 { Ok(value) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Sends an IP packet as it is, header included, the way that the calling thread's namespace routes it.
+pub fn send_raw(to: SocketAddr, packet: &[u8]) -> io::Result<()> {
+    let family = if to.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+    let socket = socket_with(family, SocketType::RAW, SocketFlags::CLOEXEC, Some(ipproto::RAW))?;
+    rustix::net::sendto(&socket, packet, SendFlags::empty(), &SocketAddr::new(to.ip(), 0))?;
+    Ok(())
 }
