@@ -2,12 +2,14 @@
 //! In: addresses. Out: std's types. Never here: a wait without an end.
 
 use std::io;
-use std::net::{SocketAddr, TcpStream, UdpSocket};
+use std::net::{IpAddr, SocketAddr, TcpStream, UdpSocket};
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::net::{AddressFamily, SendFlags, SocketFlags, SocketType, bind, connect, ipproto, socket_with, sockopt};
+use rustix::net::{
+    AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, bind, connect, ipproto, socket_with, sockopt,
+};
 
 /// Connects within `timeout`, from `source` where one is given; the socket is in the calling thread's namespace.
 pub fn connect_tcp(source: Option<SocketAddr>, to: SocketAddr, timeout: Duration) -> io::Result<TcpStream> {
@@ -95,4 +97,30 @@ pub fn send_raw(to: SocketAddr, packet: &[u8]) -> io::Result<()> {
     let socket = socket_with(family, SocketType::RAW, SocketFlags::CLOEXEC, Some(ipproto::RAW))?;
     rustix::net::sendto(&socket, packet, SendFlags::empty(), &SocketAddr::new(to.ip(), 0))?;
     Ok(())
+}
+
+/// An ICMP echo from the calling thread's namespace; `Ok` when it is answered.
+pub fn ping(to: IpAddr, timeout: Duration) -> io::Result<()> {
+    let (family, proto, request, reply) = if to.is_ipv4() {
+        (AddressFamily::INET, ipproto::ICMP, 8, 0)
+    } else {
+        (AddressFamily::INET6, ipproto::ICMPV6, 128, 129)
+    };
+    let socket = socket_with(family, SocketType::RAW, SocketFlags::CLOEXEC, Some(proto))?;
+    sockopt::set_socket_timeout(&socket, sockopt::Timeout::Recv, Some(timeout))?;
+    connect(&socket, &SocketAddr::new(to, 0))?;
+    // Over IPv6 the kernel writes the checksum; over IPv4 it is a constant for a constant packet.
+    let sum = !((u16::from(request) << 8) + 0x0102 + 0x0304);
+    let [high, low] = if to.is_ipv4() { sum.to_be_bytes() } else { [0, 0] };
+    rustix::net::send(&socket, &[request, 0, high, low, 1, 2, 3, 4], SendFlags::empty())?;
+    let start = Instant::now();
+    let mut buffer = [0_u8; 1500];
+    while start.elapsed() < timeout {
+        let (length, _) = rustix::net::recv(&socket, &mut buffer, RecvFlags::empty())?;
+        let header = if to.is_ipv4() { 20 } else { 0 };
+        if buffer[..length].get(header) == Some(&reply) {
+            return Ok(());
+        }
+    }
+    Err(io::ErrorKind::TimedOut.into())
 }
