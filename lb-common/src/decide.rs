@@ -126,7 +126,13 @@ pub fn classify<T: Tables>(question: &Question, tables: &T) -> Class {
     let Frontend { internal, external, service, flags } = *frontend;
     // What comes by a device and claims to be for localhost is left to the stack, which drops it (CVE-2020-8558).
     if flags & frontend_flags::NODE_PORT != 0 && !from_node && dst.is_loopback() {
-        return Class::Pass(Reason::NotForHost);
+        return Class::Pass(Reason::OwnAddress);
+    }
+    // A node-local DNS cache has the ClusterIP of the Service that it stands before.
+    if flags & (frontend_flags::CLUSTER_IP | frontend_flags::ANY_PORT) != 0
+        && tables.node_address(dst) & node_flags::LOCAL != 0
+    {
+        return Class::Pass(Reason::OwnAddress);
     }
     if flags & frontend_flags::ANY_PORT != 0 {
         return Class::Reject(Reason::UnknownPort);

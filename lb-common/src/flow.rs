@@ -9,6 +9,8 @@
 //! | [`Kind::Forwarded`] | client | endpoint | requests and answers on the way out; ICMP errors about requests |
 //! | [`Kind::Masqueraded`] | node's address and port | endpoint | answers on the way in |
 //!
+//! (A fourth kind, [`Kind::Foreign`], is no connection of ours: it keeps answers to the node from being taken for requests.)
+//!
 //! Keys are whole tuples. (`docs/decisions.md` says why not one entry keyed by the client's end.)
 
 use crate::{
@@ -137,8 +139,12 @@ pub const IDLE_UDP: u32 = 30;
 pub const IDLE_UDP_REPLIED: u32 = 120;
 /// Seconds after which an established TCP connection is over (conntrack.tcpEstablishedTimeout).
 pub const IDLE_TCP: u32 = 24 * 3600;
-/// The same, once it is closing.
-pub const IDLE_TCP_CLOSING: u32 = 60;
+/// The same, where the endpoint has not answered (nf_conntrack_tcp_timeout_syn_sent).
+pub const IDLE_TCP_UNANSWERED: u32 = 120;
+/// The same, once one side has ended it (conntrack.tcpCloseWaitTimeout).
+pub const IDLE_TCP_HALF_CLOSED: u32 = 3600;
+/// The same, once both sides have, or one has reset it.
+pub const IDLE_TCP_CLOSED: u32 = 60;
 /// The other entries of a connection are looked after when this many seconds have passed, a power of two.
 pub const CARE_INTERVAL: u32 = 8;
 
@@ -167,13 +173,20 @@ impl Flow {
     #[must_use]
     #[inline(always)]
     pub const fn is_idle(&self, proto: u8, now: u32) -> bool {
-        let limit = match (proto, self.state & state::CLOSING != 0, self.state & state::REPLIED != 0) {
-            (protocol::TCP, true, _) => IDLE_TCP_CLOSING,
-            (protocol::TCP, false, _) => IDLE_TCP,
-            (_, _, true) => IDLE_UDP_REPLIED,
-            (_, _, false) => IDLE_UDP,
+        let replied = self.state & state::REPLIED != 0;
+        let limit = if proto != protocol::TCP {
+            if replied { IDLE_UDP_REPLIED } else { IDLE_UDP }
+        } else if self.is_closed() {
+            IDLE_TCP_CLOSED
+        } else if self.state & state::CLOSING != 0 {
+            IDLE_TCP_HALF_CLOSED
+        } else if replied {
+            IDLE_TCP
+        } else {
+            IDLE_TCP_UNANSWERED
         };
-        now.wrapping_sub(self.seen) > limit
+        // Another CPU may have seen a packet a moment after `now`.
+        now.wrapping_sub(self.seen).cast_signed() > limit.cast_signed()
     }
 
     /// Whether both sides have ended the connection.

@@ -97,6 +97,8 @@ pub mod frontend_flags {
     pub const NODE_PORT: u32 = 1 << 6;
     /// Stands for every other port of the address.
     pub const ANY_PORT: u32 = 1 << 7;
+    /// A ClusterIP: left to the host where the address is the node's own.
+    pub const CLUSTER_IP: u32 = 1 << 9;
     /// The source is kept where the endpoint is on this node (`--preserve-client-ip`).
     pub const PRESERVE_LOCAL: u32 = 1 << 8;
 }

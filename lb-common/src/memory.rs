@@ -160,6 +160,10 @@ impl State for Machine {
         true
     }
 
+    fn claim_flow(&mut self, key: &FlowKey, flow: &Flow) -> bool {
+        !self.flows.contains_key(key) && self.insert_flow(key, flow)
+    }
+
     fn confirm_flow(&mut self, key: &FlowKey, flow: &Flow) {
         self.flows.insert(*key, (*flow, true));
     }

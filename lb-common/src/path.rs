@@ -102,24 +102,24 @@ const fn wants_care(seen: u32, now: u32) -> bool {
 
 /// Keeps the other entries of a connection alive, and restores what was evicted.
 #[inline(never)]
-fn care<S: State>(key: &FlowKey, now: u32, state: &mut S) {
-    let Some(flow) = state.flow(key) else { return };
-    let flow = *flow;
-    if !matches!(key.kind, KIND_REQUEST) {
-        keep(&flow.request_key(key.proto), &flow, now, state);
+fn care<S: State>(key: &FlowKey, now: u32, flow: &mut Flow, state: &mut S) {
+    match state.flow(key) {
+        Some(entry) => *flow = *entry,
+        None => return,
     }
-    if !matches!(key.kind, KIND_FORWARDED) {
-        keep(&flow.forwarded_key(key.proto), &flow, now, state);
+    let flow = core::hint::black_box(flow);
+    flow.seen = now;
+    keep(&flow.request_key(key.proto), flow, state);
+    keep(&flow.forwarded_key(key.proto), flow, state);
+    if flow.node_port.be != 0 {
+        keep(&flow.masqueraded_key(key.proto), flow, state);
     }
 }
 
-const KIND_REQUEST: u8 = crate::flow::Kind::Request as u8;
-const KIND_FORWARDED: u8 = crate::flow::Kind::Forwarded as u8;
-
-#[inline(always)]
-fn keep<S: State>(key: &FlowKey, flow: &Flow, now: u32, state: &mut S) {
+#[inline(never)]
+fn keep<S: State>(key: &FlowKey, flow: &Flow, state: &mut S) {
     if let Some(other) = state.flow(key) {
-        other.seen = now;
+        other.seen = flow.seen;
         return;
     }
     state.insert_flow(key, flow);
@@ -128,19 +128,44 @@ fn keep<S: State>(key: &FlowKey, flow: &Flow, now: u32, state: &mut S) {
     }
 }
 
+/// Tells all entries of a connection that one side ends it.
+#[inline(never)]
+fn close<S: State>(key: &FlowKey, flow: &mut Flow, state: &mut S) {
+    match state.flow(key) {
+        Some(entry) => *flow = *entry,
+        None => return,
+    }
+    let flow = core::hint::black_box(flow);
+    note_closing(&flow.request_key(key.proto), flow.state, state);
+    note_closing(&flow.forwarded_key(key.proto), flow.state, state);
+    if flow.node_port.be != 0 {
+        note_closing(&flow.masqueraded_key(key.proto), flow.state, state);
+    }
+}
+
+#[inline(never)]
+fn note_closing<S: State>(key: &FlowKey, closing: u8, state: &mut S) {
+    if let Some(flow) = state.flow(key) {
+        flow.state |= closing & state::CLOSING;
+    }
+}
+
 /// Moves all entries of a connection that has been answered to the large table.
 #[inline(never)]
-fn confirm<S: State>(key: &FlowKey, state: &mut S) {
-    let Some(flow) = state.flow(key) else { return };
+fn confirm<S: State>(key: &FlowKey, flow: &mut Flow, state: &mut S) {
+    match state.flow(key) {
+        Some(entry) => *flow = *entry,
+        None => return,
+    }
+    let flow = core::hint::black_box(flow);
     flow.state |= state::REPLIED;
-    let mut flow = *flow;
     if let Some(request) = state.flow(&flow.request_key(key.proto)) {
         flow.state |= request.state;
     }
-    state.confirm_flow(&flow.request_key(key.proto), &flow);
-    state.confirm_flow(&flow.forwarded_key(key.proto), &flow);
+    state.confirm_flow(&flow.request_key(key.proto), flow);
+    state.confirm_flow(&flow.forwarded_key(key.proto), flow);
     if flow.node_port.be != 0 {
-        state.confirm_flow(&flow.masqueraded_key(key.proto), &flow);
+        state.confirm_flow(&flow.masqueraded_key(key.proto), flow);
     }
 }
 

@@ -43,8 +43,10 @@ macro_rules! reasons {
 reasons! {
     /// No frontend, no flow of ours.
     Pass NotService = "not_service",
-    /// Not for this host (multicast, broadcast, another host's frame), or not IP.
+    /// Not for this host: multicast, broadcast, another host's frame.
     Pass NotForHost = "not_for_host",
+    /// A ClusterIP that is the node's own address, or localhost from outside: left to the host.
+    Pass OwnAddress = "own_address",
     /// Headers that can't be read.
     Pass Unreadable = "unreadable",
     /// The middle of a connection of which nothing is known, to an address that others use too.

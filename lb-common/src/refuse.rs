@@ -1,4 +1,11 @@
 //! Turning a packet into its own refusal, to be sent back out of the device that it came by.
+//!
+//! The packet may be one whose checksum its sender left to the device (CHECKSUM_PARTIAL): then the kernel or the device
+//! still adds up everything from the transport header on and writes the result where the *old* protocol had its checksum, if the
+//! packet ever needs it. Nothing here can ask or unset that. So each refusal is made such that its checksum is right as it
+//! stands, and that this write changes nothing: a RST's free field (the window) is chosen so that the right checksum is
+//! also the pseudo-header's sum; in an ICMP error, the field of UDP's checksum is the unused one, which gets the
+//! pseudo-header's sum. Receivers ignore both (RFC 9293 §3.10.7, RFC 792, RFC 4443 §3.1).
 
 use crate::{
     checksum::fold,
@@ -59,7 +66,10 @@ fn reset<P: Packet>(packet: &mut P, headers: &Headers) -> Option<()> {
         (segment[4], segment[5]) = (((ack >> 16) as u16).to_be(), (ack as u16).to_be());
         segment[6] = u16::from_ne_bytes([5 << 4, tcp_flags::RST | tcp_flags::ACK]);
     }
-    segment[8] = !fold(sum(&segment) + pseudo_header(headers, 20, protocol::TCP));
+    let pseudo = fold(pseudo_header(headers, 20, protocol::TCP));
+    // The checksum is to be `pseudo`, so all other words must add up to its complement, and the pseudo-header once more.
+    segment[7] = fold(u64::from(!pseudo) + u64::from(!pseudo) + u64::from(!fold(sum(&segment))));
+    segment[8] = pseudo;
     let l4 = l3.wrapping_add(if headers.v6 { 40 } else { 20 });
     packet.resize(l4.wrapping_add(20))?;
     write_headers(packet, headers, 20, protocol::TCP)?;
@@ -89,11 +99,12 @@ fn unreachable_v6<P: Packet>(packet: &mut P, headers: &Headers) -> Option<()> {
         return None;
     }
     let quoted = packet.read::<[u16; 24]>(l3)?;
-    let icmp = [u16::from_ne_bytes([1, 4]), 0, 0, 0];
-    let checksum = !fold(sum(&icmp) + sum(&quoted) + pseudo_header(headers, 56, protocol::ICMPV6));
+    let pseudo = fold(pseudo_header(headers, 56, protocol::ICMPV6));
+    let icmp = [u16::from_ne_bytes([1, 4]), 0, 0, pseudo];
+    let checksum = !fold(sum(&icmp) + sum(&quoted) + u64::from(pseudo));
     packet.resize(l3.wrapping_add(96))?;
     write_headers(packet, headers, 56, protocol::ICMPV6)?;
-    packet.write(l3.wrapping_add(40), [icmp[0], checksum, 0, 0])?;
+    packet.write(l3.wrapping_add(40), [icmp[0], checksum, 0, pseudo])?;
     packet.write(l3.wrapping_add(48), quoted)
 }
 

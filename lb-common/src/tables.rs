@@ -39,6 +39,8 @@ pub trait State: Tables {
     fn flow(&mut self, key: &FlowKey) -> Option<&mut Flow>;
     /// Makes an entry that is not confirmed, in place of any that there is. False: the table took none.
     fn insert_flow(&mut self, key: &FlowKey, flow: &Flow) -> bool;
+    /// Makes an entry that is not confirmed, unless there is one. False: there is, or the table took none.
+    fn claim_flow(&mut self, key: &FlowKey, flow: &Flow) -> bool;
     /// Moves an entry to where a flood of new ones can't evict it.
     fn confirm_flow(&mut self, key: &FlowKey, flow: &Flow);
     /// Forgets an entry.

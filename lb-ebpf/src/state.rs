@@ -1,7 +1,7 @@
 //! The maps as `lb-common`'s tables.
 
 use aya_ebpf::{
-    bindings::{__sk_buff, bpf_fib_lookup as FibLookup, bpf_sock_addr},
+    bindings::{__sk_buff, BPF_NOEXIST, bpf_fib_lookup as FibLookup, bpf_sock_addr},
     btf_maps::lpm_trie::Key,
     helpers::generated::{bpf_fib_lookup, bpf_ktime_get_coarse_ns},
 };
@@ -147,6 +147,11 @@ impl State for Maps {
     fn insert_flow(&mut self, key: &FlowKey, flow: &Flow) -> bool {
         let _ = FLOWS.remove(key);
         NEW_FLOWS.insert(key, flow, 0).is_ok()
+    }
+
+    #[inline(always)]
+    fn claim_flow(&mut self, key: &FlowKey, flow: &Flow) -> bool {
+        NEW_FLOWS.insert(key, flow, u64::from(BPF_NOEXIST)).is_ok()
     }
 
     #[inline(always)]

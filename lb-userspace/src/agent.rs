@@ -13,6 +13,10 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
+use lb_common::{
+    addr::Addr,
+    layout::{frontend_flags, node_flags},
+};
 use tokio::{
     signal::unix::{SignalKind, signal},
     time::{Instant as TokioInstant, sleep_until},
@@ -100,6 +104,7 @@ struct Agent {
     /// Whether the tables in the kernel may differ from the image.
     failed: Option<String>,
     attach_failed: Option<String>,
+    sockets_failed: Option<String>,
     alarm: TokioInstant,
     start: Instant,
     report: Report,
@@ -136,6 +141,7 @@ impl Agent {
             begun: false,
             failed: None,
             attach_failed: None,
+            sockets_failed: None,
             alarm: TokioInstant::now() + EXPIRY_INTERVAL,
             start: Instant::now(),
             report,
@@ -155,10 +161,7 @@ impl Agent {
         let now = self.now();
         let writes = self.pipeline.sweep(now);
         self.write(&writes);
-        if let Err(error) = self.kernel.attach_sockets() {
-            error!(error = format!("{error:#}"), "clients on the node itself are not served");
-            self.attach_failed = Some(format!("{error:#}"));
-        }
+        self.attach_sockets();
         self.report.ready = self.failed.is_none();
         info!(
             services = self.pipeline.model().count(Kind::Service),
@@ -167,6 +170,20 @@ impl Agent {
             milliseconds = self.start.elapsed().as_millis() as u64,
             "ready"
         );
+    }
+
+    fn attach_sockets(&mut self) {
+        match self.kernel.attach_sockets() {
+            Ok(()) => self.sockets_failed = None,
+            Err(error) => {
+                let text = format!("{error:#}");
+                if self.sockets_failed.as_ref() != Some(&text) {
+                    error!(error = text, "clients on the node itself are not served; trying again");
+                }
+                self.sockets_failed = Some(text);
+                self.alarm = TokioInstant::now() + RETRY;
+            }
+        }
     }
 
     fn take(&mut self, update: Update) {
@@ -275,15 +292,25 @@ impl Agent {
                 }
             }
         }
-        if self.attach_failed.is_some() {
+        if self.begun && !self.kernel.is_attached() {
             let snapshot = self.snapshot.clone();
             self.see_devices(&snapshot);
-            if let Err(error) = self.kernel.attach_sockets() {
-                self.attach_failed = Some(format!("{error:#}"));
-            }
+            self.attach_sockets();
         }
-        let writes = self.pipeline.image_mut().expire(now);
-        self.write(&writes);
+        if self.pipeline.image().has_expired(now) {
+            self.expire(now);
+        }
+    }
+
+    /// Clears the bits that nothing names any more. Flows may live longer than anybody foresaw.
+    fn expire(&mut self, now: u64) {
+        match self.kernel.named_by_flows() {
+            Ok((frontends, endpoints)) => {
+                let writes = self.pipeline.image_mut().expire(now, &frontends, &endpoints);
+                self.write(&writes);
+            }
+            Err(error) => warn!(error = format!("{error:#}"), "flows can't be read; bits are kept"),
+        }
     }
 
     fn answer(&self, question: Question) -> String {
@@ -311,11 +338,24 @@ impl Agent {
         report.problems = self.pipeline.problems().iter().map(ToString::to_string).collect();
         report.problems.extend(self.report.source_problems.iter().map(Problem::to_string));
         report.problems.extend(self.failed.iter().map(|text| format!("tables: {text}")));
-        report.problems.extend(self.attach_failed.iter().map(|text| format!("attachment: {text}")));
+        report.problems.extend(self.attach_failed.iter().map(|text| format!("devices: {text}")));
+        report.problems.extend(self.sockets_failed.iter().map(|text| format!("sockets: {text}")));
+        report.problems.extend(self.shadowed());
         let statistics = self.kernel.statistics();
         report.bpf_calls = statistics.calls;
         report.entries_written = statistics.entries;
         report
+    }
+
+    /// ClusterIPs that are addresses of the node, as node-local DNS caches have them: the host has them, not the Service.
+    fn shadowed(&self) -> Vec<String> {
+        let memory = self.pipeline.image().memory();
+        let own = |addr: &Addr| memory.node_addresses.get(addr).is_some_and(|flags| flags & node_flags::LOCAL != 0);
+        let refusing = memory.frontends.iter().filter(|(_, frontend)| frontend.flags & frontend_flags::ANY_PORT != 0);
+        let shadowed = refusing.map(|(key, _)| key.addr).filter(own);
+        shadowed
+            .map(|addr| format!("ClusterIP {} is an address of this node and is left to it", IpAddr::from(addr)))
+            .collect()
     }
 
     fn services(&self) -> Vec<ServiceReport> {

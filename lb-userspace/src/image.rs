@@ -186,13 +186,19 @@ impl Image {
         list
     }
 
-    /// Clears the bits that no flow can name any more.
-    pub fn expire(&mut self, now: u64) -> Vec<Write> {
+    /// Whether there are bits that nobody has used for the usual life of a flow.
+    #[must_use]
+    pub fn has_expired(&self, now: u64) -> bool {
+        self.frontend_bits.has_expired(now) || self.endpoint_bits.has_expired(now)
+    }
+
+    /// Clears the bits that nobody has used for the usual life of a flow, and that no flow names now.
+    pub fn expire(&mut self, now: u64, frontends: &BTreeSet<u32>, endpoints: &BTreeSet<u32>) -> Vec<Write> {
         let mut list = Vec::new();
-        for bit in self.frontend_bits.expire(now) {
+        for bit in self.frontend_bits.expire(now, frontends) {
             put(&mut self.memory, &mut list, Write::ClearFrontendBit(bit));
         }
-        for bit in self.endpoint_bits.expire(now) {
+        for bit in self.endpoint_bits.expire(now, endpoints) {
             put(&mut self.memory, &mut list, Write::ClearEndpointBit(bit));
         }
         list

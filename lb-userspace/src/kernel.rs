@@ -13,10 +13,10 @@ pub mod pinned;
 mod sys;
 pub mod tables;
 
-use std::{fs, os::fd::AsFd as _, path::PathBuf};
+use std::{collections::BTreeSet, fs, os::fd::AsFd as _, path::PathBuf};
 
 use anyhow::{Context as _, Result, bail};
-use lb_common::memory::Memory;
+use lb_common::{layout::bit_index, memory::Memory};
 use tracing::{info, warn};
 
 use self::{
@@ -96,6 +96,8 @@ pub struct Kernel {
     cgroup: Option<Cgroup>,
     /// What programs are attached to, as this process did it.
     ports: Vec<Port>,
+    /// How many of them there should be.
+    wanted_ports: usize,
     /// Whether this process attached or detached the socket programs.
     sockets: bool,
 }
@@ -151,6 +153,7 @@ impl Kernel {
             links,
             cgroup: None,
             ports: Vec::new(),
+            wanted_ports: 0,
             sockets: false,
         };
         if generations.len() > 1 {
@@ -171,6 +174,17 @@ impl Kernel {
     /// What is in the tables.
     pub fn memory(&self) -> Result<Memory> {
         self.store.read()
+    }
+
+    /// The bits of frontends and endpoints that flows name.
+    pub fn named_by_flows(&self) -> Result<(BTreeSet<u32>, BTreeSet<u32>)> {
+        let (mut frontends, mut endpoints) = (BTreeSet::new(), BTreeSet::new());
+        pinned::read_flows(&self.folder.flows(), |_, flow| {
+            frontends.insert(bit_index(&flow.frontend, flow.frontend_port));
+            frontends.insert(bit_index(&flow.frontend.unspecified(), flow.frontend_port));
+            endpoints.insert(bit_index(&flow.endpoint, flow.endpoint_port));
+        })?;
+        Ok((frontends, endpoints))
     }
 
     /// What writing has cost so far.
@@ -213,6 +227,10 @@ impl Kernel {
         }
         let next = self.generation + 1;
         let dir = self.folder.unfinished(next);
+        if dir.exists() {
+            // An attempt that failed half-way.
+            object::remove_generation(&dir)?;
+        }
         make_dir(&dir)?;
         for table in Table::ALL {
             if !larger.contains(&table) {
@@ -244,8 +262,10 @@ impl Kernel {
         });
         if let Some(cgroup) = self.cgroup.as_ref()
             && self.sockets
+            && let Err(error) = self.links.attach_sockets(&mut programs, cgroup.fd.as_fd())
         {
-            self.links.attach_sockets(&mut programs, cgroup.fd.as_fd())?;
+            warn!(error = format!("{error:#}"), "sockets keep their programs until they are attached to again");
+            self.sockets = false;
         }
         info!(table = full.name(), generation = next, room = store.room(full), "tables have grown");
         self.store = store;
@@ -289,6 +309,7 @@ impl Kernel {
                 failed.push(error);
             }
         }
+        self.wanted_ports = ports.len();
         self.ports.retain(|port| ports.contains(port));
         for port in ports {
             if !self.ports.contains(port) {
@@ -316,6 +337,11 @@ impl Kernel {
         }
         self.sockets = true;
         self.remove_old_generations()
+    }
+
+    /// Whether programs run everywhere that the last calls asked for. Growing tables may lose an attachment.
+    pub fn is_attached(&self) -> bool {
+        self.sockets && self.ports.len() == self.wanted_ports
     }
 
     /// What is attached.

@@ -1,6 +1,6 @@
 //! The way out.
 
-use super::{Action, At, Hook, Scratch, care, complete_fragment, confirm, wants_care};
+use super::{Action, At, Hook, Scratch, care, close, complete_fragment, confirm, wants_care};
 use crate::{
     addr::{Addr, Port},
     flow::{Flow, FlowKey, Kind, flow_flags, state, tcp_flags},
@@ -42,7 +42,7 @@ fn transport<P: Packet, S: State>(
     state: &mut S,
 ) -> Action {
     if state.may_be_endpoint(&headers.src, headers.sport)
-        && let Some(action) = reply(packet, headers, state)
+        && let Some(action) = reply(packet, headers, flow, state)
     {
         return action;
     }
@@ -59,7 +59,7 @@ fn transport<P: Packet, S: State>(
 
 /// An answer of an endpoint: its source becomes the frontend again.
 #[inline(always)]
-fn reply<P: Packet, S: State>(packet: &mut P, headers: &Headers, state: &mut S) -> Option<Action> {
+fn reply<P: Packet, S: State>(packet: &mut P, headers: &Headers, scratch: &mut Flow, state: &mut S) -> Option<Action> {
     let key = FlowKey::new(Kind::Forwarded, headers.dst, headers.dport, headers.src, headers.sport, headers.proto);
     let now = state.now();
     let flow = state.flow(&key)?;
@@ -74,12 +74,12 @@ fn reply<P: Packet, S: State>(packet: &mut P, headers: &Headers, state: &mut S) 
     }
     let closes = headers.tcp & (tcp_flags::FIN | tcp_flags::RST) != 0 && flow.note(headers.tcp, state::ENDPOINT_FIN);
     if closes {
-        close(&key, state);
+        close(&key, scratch, state);
     }
     if !replied {
-        confirm(&key, state);
+        confirm(&key, scratch, state);
     } else if wants_care(seen, now) {
-        care(&key, now, state);
+        care(&key, now, scratch, state);
     }
     let shifted =
         client_port.be == headers.dport.be || rewrite_port(packet, headers, Side::Destination, client_port).is_some();
@@ -88,16 +88,6 @@ fn reply<P: Packet, S: State>(packet: &mut P, headers: &Headers, state: &mut S) 
     } else {
         Action::Drop(Reason::Internal)
     })
-}
-
-/// Tells the request's entry that the endpoint ends the connection.
-#[inline(never)]
-fn close<S: State>(key: &FlowKey, state: &mut S) {
-    let Some(flow) = state.flow(key) else { return };
-    let (request, closing) = (flow.request_key(key.proto), flow.state & state::CLOSING);
-    if let Some(request) = state.flow(&request) {
-        request.state |= closing;
-    }
 }
 
 /// A request on its way to an endpoint: its source becomes the node's if it must.
@@ -159,7 +149,12 @@ fn take_port<S: State>(key: &FlowKey, device: u32, flow: &mut Flow, state: &mut 
         match holder(flow, port, key.proto, state) {
             Holder::Nobody => {
                 flow.node_port = port;
-                break;
+                // Another CPU may take it at the same time.
+                if state.claim_flow(&flow.masqueraded_key(key.proto), flow) {
+                    note_port(key, flow, state);
+                    return Ok(());
+                }
+                flow.node_port = Port::ZERO;
             }
             Holder::Closed if flow.node_port.be == 0 => flow.node_port = port,
             Holder::Closed | Holder::Live => {}
@@ -170,7 +165,8 @@ fn take_port<S: State>(key: &FlowKey, device: u32, flow: &mut Flow, state: &mut 
     if flow.node_port.be == 0 {
         return Err(Reason::NoMasqueradePort);
     }
-    if !state.insert_flow(&flow.masqueraded_key(key.proto), flow) {
+    state.remove_flow(&flow.masqueraded_key(key.proto));
+    if !state.claim_flow(&flow.masqueraded_key(key.proto), flow) {
         return Err(Reason::FlowTableFull);
     }
     note_port(key, flow, state);
@@ -213,15 +209,10 @@ fn holder<S: State>(flow: &Flow, port: Port, proto: u8, state: &mut S) -> Holder
     if holder.is_idle(proto, now)
         || holder.client.same(&flow.client) && holder.forwarded_port.be == flow.forwarded_port.be
     {
+        state.remove_flow(&key);
         return Holder::Nobody;
     }
-    // Only the request's entry knows of both sides.
-    let request = holder.request_key(proto);
-    match state.flow(&request) {
-        Some(request) if !request.is_closed() => Holder::Live,
-        _ if proto != protocol::TCP => Holder::Live,
-        _ => Holder::Closed,
-    }
+    if proto == protocol::TCP && holder.is_closed() { Holder::Closed } else { Holder::Live }
 }
 
 /// A packet of the node itself from a port that is also a NodePort: the answer will not be a request.

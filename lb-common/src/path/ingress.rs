@@ -2,7 +2,7 @@
 #![expect(clippy::wildcard_enum_match_arm, reason = "most reasons end a packet's way alike")]
 
 use super::{
-    Action, At, Hook, Scratch, care, complete_fragment, confirm,
+    Action, At, Hook, Scratch, care, close, complete_fragment, confirm,
     open::{establish, open},
     wants_care,
 };
@@ -51,7 +51,7 @@ fn transport<P: Packet, S: State>(
         || state.may_be_frontend(&headers.dst.unspecified(), headers.dport)
         || state.may_be_frontend(&headers.dst, Port::ZERO)
     {
-        if let Some(action) = known(packet, headers, state) {
+        if let Some(action) = known(packet, headers, flow, state) {
             return action;
         }
         let action = open(hook, headers, flow, state);
@@ -65,7 +65,7 @@ fn transport<P: Packet, S: State>(
     }
     let (first, ports) = state.masquerade_ports();
     if headers.dport.number().wrapping_sub(first) < ports
-        && let Some(action) = masquerade_reply(packet, headers, state)
+        && let Some(action) = masquerade_reply(packet, headers, flow, state)
     {
         return action;
     }
@@ -80,7 +80,7 @@ fn transport<P: Packet, S: State>(
 
 /// A request of a connection that is known, and stays with its endpoint.
 #[inline(always)]
-fn known<P: Packet, S: State>(packet: &mut P, headers: &Headers, state: &mut S) -> Option<Action> {
+fn known<P: Packet, S: State>(packet: &mut P, headers: &Headers, scratch: &mut Flow, state: &mut S) -> Option<Action> {
     let key = FlowKey::new(Kind::Request, headers.src, headers.sport, headers.dst, headers.dport, headers.proto);
     let now = state.now();
     let flow = state.flow(&key)?;
@@ -89,6 +89,7 @@ fn known<P: Packet, S: State>(packet: &mut P, headers: &Headers, state: &mut S) 
     }
     // TCP stays with an endpoint that is gone, as kube-proxy's does; only a new connection must not (`pitfalls.md` P1).
     let mut asks_endpoint = headers.proto != protocol::TCP;
+    let mut closes = false;
     if headers.proto == protocol::TCP {
         if headers.tcp & (tcp_flags::SYN | tcp_flags::ACK) == tcp_flags::SYN {
             if flow.state & state::CLOSING != 0 {
@@ -96,7 +97,7 @@ fn known<P: Packet, S: State>(packet: &mut P, headers: &Headers, state: &mut S) 
             }
             asks_endpoint = true;
         } else if headers.tcp & (tcp_flags::FIN | tcp_flags::RST) != 0 {
-            flow.note(headers.tcp, state::CLIENT_FIN);
+            closes = flow.note(headers.tcp, state::CLIENT_FIN);
         }
     }
     let (addr, port, forwarded, id, generation, bridge, seen) = (
@@ -112,8 +113,11 @@ fn known<P: Packet, S: State>(packet: &mut P, headers: &Headers, state: &mut S) 
     if asks_endpoint && !state.endpoint(id).is_some_and(|endpoint| endpoint.serves(generation)) {
         return None;
     }
+    if closes {
+        close(&key, scratch, state);
+    }
     if wants_care(seen, now) {
-        care(&key, now, state);
+        care(&key, now, scratch, state);
     }
     if forwarded.be != headers.sport.be && rewrite_port(packet, headers, Side::Source, forwarded).is_none() {
         return Some(Action::Drop(Reason::Internal));
@@ -126,7 +130,12 @@ fn known<P: Packet, S: State>(packet: &mut P, headers: &Headers, state: &mut S) 
 
 /// An answer to a request that left with the node's address.
 #[inline(never)]
-fn masquerade_reply<P: Packet, S: State>(packet: &mut P, headers: &Headers, state: &mut S) -> Option<Action> {
+fn masquerade_reply<P: Packet, S: State>(
+    packet: &mut P,
+    headers: &Headers,
+    scratch: &mut Flow,
+    state: &mut S,
+) -> Option<Action> {
     let key = FlowKey::new(Kind::Masqueraded, headers.dst, headers.dport, headers.src, headers.sport, headers.proto);
     let now = state.now();
     let flow = state.flow(&key)?;
@@ -135,13 +144,13 @@ fn masquerade_reply<P: Packet, S: State>(packet: &mut P, headers: &Headers, stat
     }
     let (client, port, replied, seen) = (flow.client, flow.forwarded_port, flow.state & state::REPLIED != 0, flow.seen);
     flow.seen = now;
-    if headers.tcp & (tcp_flags::FIN | tcp_flags::RST) != 0 {
-        flow.note(headers.tcp, state::ENDPOINT_FIN);
+    if headers.tcp & (tcp_flags::FIN | tcp_flags::RST) != 0 && flow.note(headers.tcp, state::ENDPOINT_FIN) {
+        close(&key, scratch, state);
     }
     if !replied {
-        confirm(&key, state);
+        confirm(&key, scratch, state);
     } else if wants_care(seen, now) {
-        care(&key, now, state);
+        care(&key, now, scratch, state);
     }
     Some(match rewrite(packet, headers, Side::Destination, &client, port) {
         Some(()) => Action::Next(Reason::MasqueradeReply),

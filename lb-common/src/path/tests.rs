@@ -1,4 +1,5 @@
 //! The way there and back through both hooks, on a [`Machine`].
+#![expect(clippy::wildcard_enum_match_arm, reason = "what else there is is a failure")]
 
 use core::net::{IpAddr, SocketAddr};
 
@@ -356,6 +357,51 @@ fn an_evicted_entry_is_restored_by_the_other_one() {
 }
 
 #[test]
+fn an_evicted_masquerade_entry_is_restored_by_a_request() {
+    let mut machine = V4.machine(frontend_flags::MASQUERADE);
+    let (from, _) = cross(&mut machine, V4.client(), V4.service(), SYN);
+    cross(&mut machine, V4.endpoint(), from, SYN_ACK);
+    machine.flows.retain(|key, _| key.kind != Kind::Masqueraded as u8);
+    machine.now += 10;
+    cross(&mut machine, V4.client(), V4.service(), ACK);
+    assert_eq!(cross(&mut machine, V4.endpoint(), from, ACK), (V4.service(), V4.client()));
+}
+
+#[test]
+fn every_end_of_a_masqueraded_connection_frees_its_port_in_time() {
+    const RST: Segment = Segment::Tcp(tcp_flags::RST);
+    type Case = (&'static str, &'static [(bool, Segment)], u32);
+    let ends: [Case; 5] = [
+        ("reset by the client", &[(true, RST)], 60),
+        ("reset by the endpoint", &[(false, RST)], 60),
+        ("closed by both", &[(true, FIN), (false, FIN)], 60),
+        ("closed by one", &[(true, FIN)], 3600),
+        ("established", &[], 24 * 3600),
+    ];
+    for (name, end, limit) in ends {
+        let mut machine = V4.machine(frontend_flags::MASQUERADE);
+        let (from, _) = cross(&mut machine, V4.client(), V4.service(), SYN);
+        cross(&mut machine, V4.endpoint(), from, SYN_ACK);
+        for (by_client, segment) in end {
+            let (from, to) = if *by_client { (V4.client(), V4.service()) } else { (V4.endpoint(), from) };
+            cross(&mut machine, from, to, *segment);
+        }
+        for (key, (flow, _)) in &machine.flows {
+            assert!(!flow.is_idle(key.proto, limit), "{name}: {key:?} is over too soon");
+            assert!(flow.is_idle(key.proto, limit + 1), "{name}: {key:?} is not over");
+        }
+    }
+}
+
+#[test]
+fn a_packet_that_another_cpu_saw_a_moment_later_ends_nothing() {
+    let mut machine = V4.machine(0);
+    machine.now = 100;
+    cross(&mut machine, V4.client(), V4.service(), SYN);
+    assert!(machine.flows.iter().all(|(key, (flow, _))| !flow.is_idle(key.proto, 99)));
+}
+
+#[test]
 fn eight_thousand_flows_share_four_thousand_ports_and_again_after_they_are_idle() {
     let mut machine = V4.machine(frontend_flags::MASQUERADE);
     let endpoints: Vec<SocketAddr> = (1..=4).map(|i| format!("10.244.2.{i}:8080").parse().unwrap()).collect();
@@ -388,12 +434,43 @@ fn a_closed_connection_gives_its_port_away_before_a_new_one_fails() {
     }
 }
 
+/// What a device makes of a packet whose checksum its sender left to it (`skb_checksum_help`).
+fn completed(frame: &[u8], segment: Segment) -> Vec<u8> {
+    let start = if frame[12] == 0x86 { 54 } else { 34 };
+    let field = start + if matches!(segment, Segment::Udp) { 6 } else { 16 };
+    let words =
+        frame[start..].chunks(2).map(|word| u64::from(u16::from_ne_bytes([word[0], *word.get(1).unwrap_or(&0)])));
+    let mut frame = frame.to_vec();
+    let sum = match !crate::checksum::fold(words.sum()) {
+        0 => 0xffff,
+        sum => sum,
+    };
+    frame.write(field, sum).unwrap();
+    frame
+}
+
+#[test]
+fn a_cluster_ip_that_is_the_nodes_own_address_is_left_to_the_host() {
+    for (flags, own, passed) in [
+        (frontend_flags::CLUSTER_IP, true, true),
+        (frontend_flags::ANY_PORT, true, true),
+        (frontend_flags::CLUSTER_IP, false, false),
+        (0, true, false),
+    ] {
+        let mut machine = V4.machine(flags);
+        if own {
+            machine.tables.node_addresses.insert(V4.service().ip().into(), node_flags::LOCAL);
+        }
+        let action = enter(&mut machine, &mut frame(V4.client(), V4.service(), SYN));
+        assert_eq!(action == Action::Next(Reason::OwnAddress), passed, "{flags:x} {own}");
+    }
+}
+
 #[test]
 fn refusals_go_back_to_who_asked() {
-    for case in [V4, V6] {
-        for (segment, answered) in
-            [(SYN, true), (Segment::Udp, true), (ACK, false), (Segment::Tcp(tcp_flags::RST), false)]
-        {
+    let cases = [(SYN, true), (Segment::Udp, true), (ACK, false), (Segment::Tcp(tcp_flags::RST), false)];
+    for (case, partial) in [(V4, false), (V6, false), (V4, true), (V6, true)] {
+        for (segment, answered) in cases {
             let mut machine = case.machine(0);
             add_service(&mut machine, 1, case.service(), &[], 0);
             let mut frame = frame(case.client(), case.service(), segment);
@@ -403,12 +480,17 @@ fn refusals_go_back_to_who_asked() {
                 continue;
             }
             assert_eq!(action, Action::Answer(Reason::NoEndpoints));
+            let frame = if partial { completed(&frame, segment) } else { frame };
             assert_eq!(action.reason().verdict(), Verdict::Refuse);
             assert_eq!(frame[..6], [2, 0, 0, 0, 0, 1]);
             if matches!(segment, Segment::Udp) {
                 let sliced = SlicedPacket::from_ethernet(&frame).unwrap();
                 match sliced.transport.unwrap() {
-                    TransportSlice::Icmpv4(icmp) => assert_eq!((icmp.type_u8(), icmp.code_u8()), (3, 3)),
+                    TransportSlice::Icmpv4(icmp) => {
+                        assert_eq!((icmp.type_u8(), icmp.code_u8()), (3, 3));
+                        let words = frame[34..].chunks(2).map(|w| u64::from(u16::from_ne_bytes([w[0], w[1]])));
+                        assert_eq!(crate::checksum::fold(words.sum()), 0xffff, "the checksum");
+                    }
                     TransportSlice::Icmpv6(icmp) => {
                         assert_eq!((icmp.type_u8(), icmp.code_u8()), (1, 4));
                         let (from, to) = (case.service().ip(), case.client().ip());

@@ -45,7 +45,7 @@ pub struct RunArgs {
     /// Whose sockets are translated at connect and send: the node's own, pods' too, or nobody's
     #[arg(long, value_enum, default_value_t = SocketLbArg::Host)]
     socket_lb: SocketLbArg,
-    /// How many connections are remembered; from CPUs and memory where nothing is said
+    /// How many connections are remembered; kube-proxy's defaults for conntrack where nothing is said, at most 524288
     #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(u32).range(1024..))]
     flows: Option<u32>,
     /// Ports that masqueraded connections leave by

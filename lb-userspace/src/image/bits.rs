@@ -3,7 +3,7 @@
 //! Several addresses share a bit, so users are counted. A bit outlives its last user by the longest life of a flow: a
 //! connection may still name what is gone, and a packet without its bit would never be looked up.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 /// Seconds after which no flow names what is gone: the idle time of an established TCP connection.
 pub const FLOW_LIFE: u64 = 24 * 60 * 60;
@@ -42,13 +42,22 @@ impl Bits {
         }
     }
 
-    /// Bits that nothing can name any more.
-    pub fn expire(&mut self, now: u64) -> Vec<u32> {
+    /// Whether some bit's time has come.
+    pub fn has_expired(&self, now: u64) -> bool {
+        self.queue.front().is_some_and(|(until, _)| *until <= now)
+    }
+
+    /// Bits that nothing can name any more. Those that flows still name get another life.
+    pub fn expire(&mut self, now: u64, named: &BTreeSet<u32>) -> Vec<u32> {
         let mut expired = Vec::new();
         while let Some((until, bit)) = self.queue.pop_front_if(|(until, _)| *until <= now) {
             if self.idle.get(&bit) == Some(&until) {
                 self.idle.remove(&bit);
-                expired.push(bit);
+                if named.contains(&bit) {
+                    self.leave(bit, now);
+                } else {
+                    expired.push(bit);
+                }
             }
         }
         expired
@@ -71,13 +80,24 @@ mod tests {
         bits.add(7);
         bits.add(7);
         bits.remove(7, 0);
-        assert!(bits.expire(FLOW_LIFE).is_empty(), "one user is left");
+        assert!(bits.expire(FLOW_LIFE, &BTreeSet::new()).is_empty(), "one user is left");
         bits.remove(7, 10);
         bits.add(7);
         bits.remove(7, 20);
         bits.found(8, 20);
-        assert!(bits.expire(FLOW_LIFE + 19).is_empty());
-        assert_eq!(bits.expire(FLOW_LIFE + 20), [7, 8]);
-        assert!(bits.expire(u64::MAX).is_empty());
+        assert!(bits.expire(FLOW_LIFE + 19, &BTreeSet::new()).is_empty());
+        assert_eq!(bits.expire(FLOW_LIFE + 20, &BTreeSet::new()), [7, 8]);
+        assert!(bits.expire(u64::MAX, &BTreeSet::new()).is_empty());
+    }
+
+    #[test]
+    fn a_bit_that_a_flow_names_gets_another_life() {
+        let mut bits = Bits::default();
+        bits.add(7);
+        bits.remove(7, 0);
+        assert!(bits.has_expired(FLOW_LIFE));
+        assert!(bits.expire(FLOW_LIFE, &[7].into()).is_empty());
+        assert!(!bits.has_expired(2 * FLOW_LIFE - 1));
+        assert_eq!(bits.expire(2 * FLOW_LIFE, &BTreeSet::new()), [7]);
     }
 }

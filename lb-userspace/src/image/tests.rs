@@ -387,8 +387,8 @@ fn a_bit_stays_while_a_flow_may_name_what_is_gone() {
     let bits = |image: &Image| (image.memory().frontend_bits.len(), image.memory().endpoint_bits.len());
     assert_eq!(bits(&image), (2, 1));
     image.set_port(&plan.name, None, 100);
-    assert_eq!((image.expire(100 + FLOW_LIFE - 1), bits(&image)), (vec![], (2, 1)));
-    assert_eq!((image.expire(100 + FLOW_LIFE).len(), bits(&image)), (3, (0, 0)));
+    assert_eq!((image.expire(100 + FLOW_LIFE - 1, &BTreeSet::new(), &BTreeSet::new()), bits(&image)), (vec![], (2, 1)));
+    assert_eq!((image.expire(100 + FLOW_LIFE, &BTreeSet::new(), &BTreeSet::new()).len(), bits(&image)), (3, (0, 0)));
 }
 
 #[test]

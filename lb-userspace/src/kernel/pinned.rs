@@ -56,13 +56,8 @@ impl Pinned {
     }
 
     /// Every flow entry: first those that were answered, then the others.
-    pub fn flows(&self, mut each: impl FnMut(FlowKey, Flow)) -> Result<()> {
-        for name in ["FLOWS", "NEW_FLOWS"] {
-            self.flow_map(name)?
-                .read(|key, flow| each(value_of(key), value_of(flow)))
-                .with_context(|| format!("cannot read map {name}"))?;
-        }
-        Ok(())
+    pub fn flows(&self, each: impl FnMut(FlowKey, Flow)) -> Result<()> {
+        read_flows(&self.flows, each)
     }
 
     /// The counters, by [`lb_common::reason::Reason`], summed over the CPUs.
@@ -96,6 +91,17 @@ impl Pinned {
     pub fn room(&self, table: Table) -> u32 {
         self.store.room(table)
     }
+}
+
+/// Every flow entry of a folder of flow maps: first those that were answered, then the others.
+pub fn read_flows(dir: &Path, mut each: impl FnMut(FlowKey, Flow)) -> Result<()> {
+    for name in ["FLOWS", "NEW_FLOWS"] {
+        open_flow_map(dir, name)?
+            .with_context(|| format!("map {name} is missing in {}", dir.display()))?
+            .read(|key, flow| each(value_of(key), value_of(flow)))
+            .with_context(|| format!("cannot read map {name}"))?;
+    }
+    Ok(())
 }
 
 /// Entries of a map.

@@ -245,9 +245,9 @@ impl Choices {
         };
         if self.internal_local {
             let drops = if self.has_any { frontend_flags::INTERNAL_DROP } else { 0 };
-            (self.local.clone(), self.local.clone(), masquerade | drops)
+            (self.local.clone(), self.local.clone(), frontend_flags::CLUSTER_IP | masquerade | drops)
         } else {
-            (self.cluster.clone(), self.cluster.clone(), masquerade)
+            (self.cluster.clone(), self.cluster.clone(), frontend_flags::CLUSTER_IP | masquerade)
         }
     }
 

@@ -133,7 +133,7 @@ fn endpoints<T: Tables>(
 /// Reasons that a packet which starts a connection can meet, in words.
 const WORDS: [(Reason, &str); 8] = [
     (Reason::NotService, "No Service of this node has this address and port, so the host's own stack treats it."),
-    (Reason::NotForHost, "It comes from outside and claims to be for localhost, so the host's own stack treats it."),
+    (Reason::OwnAddress, "The address is the node's own (or localhost, from outside), so the host itself has it."),
     (Reason::UnknownPort, "The ClusterIP has no such port for this protocol."),
     (Reason::NoEndpoints, "There is no endpoint anywhere."),
     (Reason::NoLocalEndpoints, "The traffic policy is Local, and all endpoints are on other nodes."),

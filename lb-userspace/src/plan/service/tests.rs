@@ -74,7 +74,7 @@ fn each_address_becomes_a_frontend_with_the_flags_of_its_kind() {
     let masquerade = frontend_flags::MASQUERADE;
     let restricted = masquerade | frontend_flags::SOURCE_RANGES;
     let want = [
-        ("172.30.0.41 80", frontend_flags::MASQUERADE_UNDETECTED),
+        ("172.30.0.41 80", frontend_flags::CLUSTER_IP | frontend_flags::MASQUERADE_UNDETECTED),
         ("192.168.99.22 80", masquerade),
         ("1.2.3.4 80", restricted),
         ("5.6.7.8 80", restricted),
@@ -90,7 +90,7 @@ fn local_policies_split_the_ranges_and_drop_where_others_have_endpoints() {
         s.spec.external_traffic_policy = TrafficPolicy::Local;
         s.spec.ports[0].node_port = 30001;
     });
-    let inside = frontend_flags::MASQUERADE_UNDETECTED;
+    let inside = frontend_flags::CLUSTER_IP | frontend_flags::MASQUERADE_UNDETECTED;
     let outside = frontend_flags::EXTERNAL_LOCAL | frontend_flags::NODE_PORT;
     let (drop_in, drop_out) = (frontend_flags::INTERNAL_DROP, frontend_flags::EXTERNAL_DROP);
     let remote = backend("10.0.0.2", "there");
@@ -121,7 +121,9 @@ fn families_have_their_own_addresses_endpoints_and_ranges() {
     let restricted = |key: &str| found[key].0 & frontend_flags::SOURCE_RANGES != 0;
     assert_eq!((&found["172.30.0.41 80"].1, &found["fd00:172:30::41 80"].1), (&vec![0], &vec![1]));
     assert_eq!((&found["0.0.0.0 30001"].1, &found[":: 30001"].1), (&vec![0], &vec![1]));
-    assert_eq!((found["172.30.0.41 80"].0, found["fd00:172:30::41 80"].0), (frontend_flags::MASQUERADE_UNDETECTED, 0));
+    let cluster_ip = frontend_flags::CLUSTER_IP;
+    let flags = (cluster_ip | frontend_flags::MASQUERADE_UNDETECTED, cluster_ip);
+    assert_eq!((found["172.30.0.41 80"].0, found["fd00:172:30::41 80"].0), flags);
     assert!(!restricted("1.2.3.4 80") && restricted("2001:db8:1::4 80"));
     let plan = plan_service(&service, &backends, &node).0.unwrap();
     let ranges = plan.ports[0].source_ranges.iter().map(ToString::to_string).collect::<Vec<_>>();
