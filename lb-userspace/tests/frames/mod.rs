@@ -13,7 +13,9 @@ pub const NODE_V6: IpAddr = IpAddr::V6(Ipv6Addr::new(0xfd00, 0x99, 0, 0, 0, 0, 0
 /// Which program looks at a frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Way {
+    /// Into the host.
     In,
+    /// Out of it.
     Out,
 }
 
@@ -95,6 +97,7 @@ struct Ends {
 }
 
 impl Frames {
+    /// The sequence that a seed names.
     pub fn new(seed: u64) -> Self {
         Self { state: seed | 1, history: Vec::new(), waiting: Vec::new() }
     }
@@ -111,7 +114,14 @@ impl Frames {
         self.history.push((way, kept));
     }
 
+    /// The next frame, addressed to the device: whose it is, the host's half doesn't decide.
     pub fn next(&mut self) -> (Way, Vec<u8>) {
+        let (way, mut frame) = self.any();
+        frame[..6].fill(0);
+        (way, frame)
+    }
+
+    fn any(&mut self) -> (Way, Vec<u8>) {
         if let Some(frame) = self.waiting.pop() {
             return frame;
         }
@@ -126,7 +136,7 @@ impl Frames {
                 for fragment in fragments {
                     self.waiting.push((way, fragment));
                 }
-                return self.next();
+                return self.any();
             }
         };
         match self.below(12) {
