@@ -6,5 +6,6 @@
 
 pub mod bytes;
 pub mod client;
+pub mod packet;
 pub mod server;
 pub mod socket;

@@ -4,159 +4,20 @@
 #![expect(clippy::unwrap_used, reason = "a helper of a test fails as the test does")]
 
 use std::collections::BTreeSet;
-use std::io::{self, ErrorKind};
-use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::io::ErrorKind;
+use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use tests::manifest::{PodObject, Service, SliceEndpoint, endpoint_slice, node_object};
+use tests::cluster::{By, Cluster, KINDS, clients, one_service_a_kind, own_addresses, refused};
 use tests::traffic::client::{ask_datagram, ask_on, echo_on, upload};
-use tests::{Agent, Answer, Client, Lab, Protocol, Server, Topology, Wiring, topology};
-
-/// What every server listens on.
-const TARGET: u16 = 8080;
+use tests::{Agent, Answer, Client, Protocol, Topology, Wiring};
 
 const PROTOCOLS: [Protocol; 3] = [Protocol::Tcp, Protocol::Udp, Protocol::UdpUnconnected];
 
 /// How soon a change has to be effective; far above what it takes, so that a busy machine fails nothing.
 const SOON: Duration = Duration::from_secs(3);
-
-/// A lab with an agent on each node and a server in every pod, on every node and outside.
-struct Cluster {
-    agents: Vec<Agent>,
-    _servers: Vec<Server>,
-    lab: Lab,
-}
-
-impl Cluster {
-    fn new(topology: Topology, flags: &[&str], write: impl Fn(&Lab)) -> Self {
-        let lab = Lab::new(topology);
-        let mut servers: Vec<Server> = lab.pods().map(|pod| lab.serve(pod, TARGET)).collect();
-        servers.extend(lab.nodes.iter().map(|node| lab.serve_on_node(node, TARGET)));
-        servers.push(lab.serve_outside(TARGET));
-        lab.manifests().write_list("nodes.json", lab.nodes.iter().map(node_object));
-        write(&lab);
-        let agents = lab.nodes.iter().map(|node| Agent::start(&lab, node, flags)).collect();
-        Self { agents, _servers: servers, lab }
-    }
-
-    /// The usual one: a Service `web` of all pods, 10.96.0.10, NodePort 30080, LoadBalancer 10.99.1.10.
-    fn web(topology: Topology, flags: &[&str]) -> Self {
-        Self::new(topology, flags, |lab| {
-            lab.manifests().write("web.json", web());
-            for pod in lab.pods() {
-                lab.manifests().write(&format!("pod-{}.json", pod.name), PodObject::of(pod).label("app", "web"));
-            }
-        })
-    }
-
-    fn relabel(&self, node: u8, pod: u8, app: &str) {
-        let pod = self.lab.pod(node, pod);
-        self.lab.manifests().write(&format!("pod-{}.json", pod.name), PodObject::of(pod).label("app", app));
-    }
-
-    fn relabel_all(&self, app: &str) {
-        for node in &self.lab.nodes {
-            for pod in 1..=self.lab.topology().pods_per_node {
-                self.relabel(node.number, pod, app);
-            }
-        }
-    }
-}
-
-fn web() -> Service {
-    addressed(Service::new("web").selector("app", "web"), 10)
-}
-
-/// Gives a Service everything by which it can be reached: ClusterIPs 10.96.0.N, NodePort 30000+N, LoadBalancer addresses 10.99.1.N.
-fn addressed(service: Service, number: u16) -> Service {
-    service
-        .dual_stack(number)
-        .node_port("tcp", "TCP", 80, TARGET, 30_000 + number)
-        .node_port("udp", "UDP", 80, TARGET, 30_000 + number)
-        .load_balancer(&load_balancer(number))
-}
-
-fn load_balancer(number: u16) -> [IpAddr; 2] {
-    let v6 = Ipv6Addr::new(0xfd00, 0x99, 1, 0, 0, 0, 0, number);
-    [IpAddr::from([10, 99, 1, u8::try_from(number).unwrap()]), v6.into()]
-}
-
-fn cluster_ips(number: u16) -> [SocketAddr; 2] {
-    let v6 = Ipv6Addr::new(0xfd00, 0x10, 0x96, 0, 0, 0, 0, number);
-    [SocketAddr::from(([10, 96, 0, u8::try_from(number).unwrap()], 80)), SocketAddr::from((v6, 80))]
-}
-
-/// By what a Service is reached.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum By {
-    ClusterIp,
-    NodePort(u8),
-    LoadBalancer,
-}
-
-impl By {
-    const ALL: [Self; 4] = [Self::ClusterIp, Self::NodePort(1), Self::NodePort(2), Self::LoadBalancer];
-
-    fn addresses(self, number: u16) -> [SocketAddr; 2] {
-        match self {
-            Self::ClusterIp => cluster_ips(number),
-            Self::NodePort(node) => [
-                SocketAddr::from((topology::node_v4(node), 30_000 + number)),
-                SocketAddr::from((topology::node_v6(node), 30_000 + number)),
-            ],
-            Self::LoadBalancer => load_balancer(number).map(|address| SocketAddr::new(address, 80)),
-        }
-    }
-}
-
-/// Everyone who may ask, by name.
-fn clients(lab: &Lab) -> Vec<(String, Client)> {
-    let pods = lab.pods().map(|pod| (pod.name.clone(), lab.client(pod)));
-    let nodes = lab.nodes.iter().map(|node| (node.name.clone(), lab.host_client(node)));
-    pods.chain(nodes).chain([("outside".to_owned(), lab.outside_client())]).collect()
-}
-
-/// The addresses by which a name is known.
-fn own_addresses(lab: &Lab, name: &str) -> [IpAddr; 2] {
-    if let Some(pod) = lab.pods().find(|pod| pod.name == name) {
-        return [pod.v4.into(), pod.v6.into()];
-    }
-    if let Some(node) = lab.nodes.iter().find(|node| node.name == name) {
-        return [node.v4().into(), node.v6().into()];
-    }
-    [topology::OUTSIDE_V4.into(), topology::OUTSIDE_V6.into()]
-}
-
-fn refused(answer: &io::Result<Answer>) -> bool {
-    answer.as_ref().is_err_and(|error| error.kind() == ErrorKind::ConnectionRefused)
-}
-
-/// One Service for each kind of endpoint, each with one endpoint: its number and the endpoint's name.
-const KINDS: [(u16, &str); 5] = [(11, "p1-1"), (12, "p2-1"), (13, "node1"), (14, "node2"), (15, "outside")];
-
-fn one_service_a_kind(lab: &Lab) {
-    for (number, endpoint) in KINDS {
-        let service = Service::new(&format!("to-{endpoint}"));
-        let service = if endpoint == "outside" { service } else { service.selector("app", endpoint) };
-        lab.manifests().write(&format!("service-{endpoint}.json"), addressed(service, number));
-    }
-    for pod in lab.pods() {
-        lab.manifests().write(&format!("pod-{}.json", pod.name), PodObject::of(pod).label("app", &pod.name));
-    }
-    for node in &lab.nodes {
-        lab.manifests().write(&format!("pod-{}.json", node.name), PodObject::on_host(node).label("app", &node.name));
-    }
-    for address in own_addresses(lab, "outside") {
-        let family = if address.is_ipv4() { "v4" } else { "v6" };
-        let endpoint = SliceEndpoint { address, node: String::new(), serving: true, terminating: false };
-        let ports = [("tcp", "TCP", TARGET), ("udp", "UDP", TARGET)];
-        let mut slice = endpoint_slice(&format!("to-outside-{family}"), "to-outside", &ports, &[endpoint]);
-        slice["endpoints"][0].as_object_mut().unwrap().remove("nodeName");
-        lab.manifests().write(&format!("slice-{family}.json"), slice);
-    }
-}
 
 /// Asks for every pair of client and endpoint, by every address, and lists what went wrong.
 fn everyone_asks_everyone(cluster: &Cluster, pods_at_the_socket: bool) -> Vec<String> {

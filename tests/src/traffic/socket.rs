@@ -2,12 +2,14 @@
 //! In: addresses. Out: std's types. Never here: a wait without an end.
 
 use std::io;
-use std::net::{SocketAddr, TcpStream, UdpSocket};
+use std::net::{IpAddr, SocketAddr, TcpStream, UdpSocket};
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, connect, ipproto, socket_with, sockopt};
+use rustix::net::{
+    AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, bind, connect, ipproto, socket_with, sockopt,
+};
 
 /// Connects within `timeout`, from `source` where one is given; the socket is in the calling thread's namespace.
 pub fn connect_tcp(source: Option<SocketAddr>, to: SocketAddr, timeout: Duration) -> io::Result<TcpStream> {
@@ -56,21 +58,69 @@ pub fn hear_errors(socket: &UdpSocket) -> io::Result<()> {
     } else {
         (libc::IPPROTO_IPV6, libc::IPV6_RECVERR)
     };
-    let on: libc::c_int = 1;
+    set_option(socket, level, option, 1)
+}
+
+/// A read that ran into its time limit is a timeout, whatever the kernel calls it.
+pub fn as_timeout(error: io::Error) -> io::Error {
+    if error.kind() == io::ErrorKind::WouldBlock { io::ErrorKind::TimedOut.into() } else { error }
+}
+
+/// Sets an option whose value is a number.
+pub fn set_option(socket: &impl AsRawFd, level: i32, option: i32, value: i32) -> io::Result<()> {
     // SAFETY: the descriptor is open for the call, and the option's value is an int that lives through it.
     let result = unsafe {
         libc::setsockopt(
             socket.as_raw_fd(),
             level,
             option,
-            (&raw const on).cast(),
+            (&raw const value).cast(),
             size_of::<libc::c_int>() as libc::socklen_t,
         )
     };
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-/// A read that ran into its time limit is a timeout, whatever the kernel calls it.
-pub fn as_timeout(error: io::Error) -> io::Error {
-    if error.kind() == io::ErrorKind::WouldBlock { io::ErrorKind::TimedOut.into() } else { error }
+/// Reads an option whose value is a number.
+pub fn option(socket: &impl AsRawFd, level: i32, option: i32) -> io::Result<i32> {
+    let mut value: libc::c_int = 0;
+    let mut length = size_of::<libc::c_int>() as libc::socklen_t;
+    // SAFETY: the descriptor is open for the call; the value is as long as `length` says.
+    let result =
+        unsafe { libc::getsockopt(socket.as_raw_fd(), level, option, (&raw mut value).cast(), &raw mut length) };
+    if result == 0 { Ok(value) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Sends an IP packet as it is, header included, the way that the calling thread's namespace routes it.
+pub fn send_raw(to: SocketAddr, packet: &[u8]) -> io::Result<()> {
+    let family = if to.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+    let socket = socket_with(family, SocketType::RAW, SocketFlags::CLOEXEC, Some(ipproto::RAW))?;
+    rustix::net::sendto(&socket, packet, SendFlags::empty(), &SocketAddr::new(to.ip(), 0))?;
+    Ok(())
+}
+
+/// An ICMP echo from the calling thread's namespace; `Ok` when it is answered.
+pub fn ping(to: IpAddr, timeout: Duration) -> io::Result<()> {
+    let (family, proto, request, reply) = if to.is_ipv4() {
+        (AddressFamily::INET, ipproto::ICMP, 8, 0)
+    } else {
+        (AddressFamily::INET6, ipproto::ICMPV6, 128, 129)
+    };
+    let socket = socket_with(family, SocketType::RAW, SocketFlags::CLOEXEC, Some(proto))?;
+    sockopt::set_socket_timeout(&socket, sockopt::Timeout::Recv, Some(timeout))?;
+    connect(&socket, &SocketAddr::new(to, 0))?;
+    // Over IPv6 the kernel writes the checksum; over IPv4 it is a constant for a constant packet.
+    let sum = !((u16::from(request) << 8) + 0x0102 + 0x0304);
+    let [high, low] = if to.is_ipv4() { sum.to_be_bytes() } else { [0, 0] };
+    rustix::net::send(&socket, &[request, 0, high, low, 1, 2, 3, 4], SendFlags::empty())?;
+    let start = Instant::now();
+    let mut buffer = [0_u8; 1500];
+    while start.elapsed() < timeout {
+        let (length, _) = rustix::net::recv(&socket, &mut buffer, RecvFlags::empty())?;
+        let header = if to.is_ipv4() { 20 } else { 0 };
+        if buffer[..length].get(header) == Some(&reply) {
+            return Ok(());
+        }
+    }
+    Err(io::ErrorKind::TimedOut.into())
 }

@@ -1,0 +1,86 @@
+//! Fragments: long datagrams arrive whole, there and back, however their fragments are cut; what can't be told is dropped and counted.
+
+#![expect(clippy::unwrap_used, reason = "a helper of a test fails as the test does")]
+
+use std::net::{IpAddr, SocketAddr};
+use std::thread;
+use std::time::Duration;
+
+use tests::cluster::{By, Cluster, KINDS, clients, one_service_a_kind, own_addresses};
+use tests::traffic::packet::{ends, ip_fragment, ip_packet, udp};
+use tests::traffic::socket::send_raw;
+use tests::{Topology, Wiring};
+
+/// Enough for six fragments on a usual link.
+const LONG: usize = 8192;
+
+#[test]
+fn long_datagrams_arrive_whole_and_so_do_their_answers() {
+    let bridge = |netfilter| Wiring::Bridge { hairpin_mode: true, netfilter };
+    let mut wrong = Vec::new();
+    for (wiring, cni_rules) in
+        [(Wiring::Ptp, false), (Wiring::Ptp, true), (bridge(false), false), (bridge(false), true), (bridge(true), true)]
+    {
+        let topology = Topology { wiring, cni_rules, ..Topology::default() };
+        let cluster = Cluster::new(topology, &[], one_service_a_kind);
+        for (name, client) in clients(&cluster.lab) {
+            let client = client.with_timeout(Duration::from_millis(500));
+            for (number, endpoint) in KINDS {
+                for by in By::ALL {
+                    if name == "outside" && by == By::ClusterIp {
+                        continue;
+                    }
+                    for to in by.addresses(number) {
+                        if let Err(error) = client.echo_datagrams(to, LONG, 2) {
+                            wrong.push(format!(
+                                "{wiring:?}, CNI rules {cni_rules}: {name} to {endpoint} by {to}: {error}"
+                            ));
+                        }
+                    }
+                }
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{} wrong:\n{}", wrong.len(), wrong.join("\n"));
+}
+
+#[test]
+fn a_fragment_that_overtakes_its_first_is_dropped_and_counted() {
+    let cluster = Cluster::new(Topology::default(), &[], one_service_a_kind);
+    let lab = &cluster.lab;
+    let pod = lab.pod(1, 1);
+    // Service 12, whose endpoint is the first pod of node 2.
+    let server = &cluster.servers[lab.pods().position(|pod| pod.name == "p2-1").unwrap()];
+    let dropped = || cluster.agents[0].cli_json(&["status"])["packets"]["fragment_without_first"].as_u64().unwrap();
+    for (family, to) in By::ClusterIp.addresses(12).into_iter().enumerate() {
+        let from: IpAddr = own_addresses(lab, "p1-1")[family];
+        let from = SocketAddr::new(from, 45_000);
+        let datagram = udp(from, to, &[b'x'; 1000]);
+        let (first, second) = datagram.split_at(512);
+        let send = |id: u32, swapped: bool| {
+            let mut packets =
+                [ip_fragment(ends(from, to), id, 0, true, first), ip_fragment(ends(from, to), id, 512, false, second)];
+            if swapped {
+                packets.reverse();
+            }
+            for packet in packets {
+                pod.netns.run(|| send_raw(to, &packet)).unwrap();
+            }
+            thread::sleep(Duration::from_millis(100));
+        };
+        let (served, lost) = (server.served(), dropped());
+        send(0x1001, false);
+        assert_eq!(server.served(), served + 1, "{to}: fragments in order make a datagram");
+        assert_eq!(dropped(), lost, "{to}: nothing is lost in order");
+        send(0x1002, true);
+        assert_eq!(server.served(), served + 1, "{to}: half a datagram is none");
+        assert_eq!(dropped(), lost + 1, "{to}: the overtaker is counted");
+        send(0x1003, false);
+        assert_eq!(server.served(), served + 2, "{to}: and the next one arrives");
+        // Of the whole datagram nothing would be lost.
+        let whole = ip_packet(ends(from, to), &datagram);
+        pod.netns.run(|| send_raw(to, &whole)).unwrap();
+        thread::sleep(Duration::from_millis(100));
+        assert_eq!(server.served(), served + 3, "{to}");
+    }
+}
