@@ -12,7 +12,7 @@ use std::{
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 use tokio::{
     signal::unix::{SignalKind, signal},
     time::{Instant as TokioInstant, sleep_until},
@@ -76,9 +76,9 @@ pub async fn run(options: Options) -> Result<()> {
                 agent.see_devices(&snapshot);
             }
             update = source.next() => match update {
-                Some(update) if update.first => agent.begin(update, watch.snapshot()),
+                Some(update) if update.first => agent.begin(update, watch.snapshot())?,
                 Some(update) => agent.take(update),
-                None => anyhow::bail!("the folder of manifests can't be watched any more"),
+                None => bail!("the folder of manifests can't be watched any more"),
             },
             (question, answer) = door.next() => answer.send(agent.answer(question)),
             () = sleep_until(agent.alarm) => agent.wake(),
@@ -148,10 +148,17 @@ impl Agent {
     }
 
     /// Takes in the source's first list, writes the difference to what is pinned, and attaches.
-    fn begin(&mut self, update: Update, snapshot: &Snapshot) {
+    ///
+    /// # Errors
+    ///
+    /// When the kernel has no tables for us, or refuses the programs: trying again would not help.
+    fn begin(&mut self, update: Update, snapshot: &Snapshot) -> Result<()> {
         self.take_in(update);
         self.begun = true;
         self.see_devices(snapshot);
+        if let Some(text) = self.failed.as_ref().filter(|_| !self.kernel.has_tables()) {
+            bail!("{text}");
+        }
         let now = self.now();
         let writes = self.pipeline.sweep(now);
         self.write(&writes);
@@ -167,6 +174,7 @@ impl Agent {
             milliseconds = self.start.elapsed().as_millis() as u64,
             "ready"
         );
+        Ok(())
     }
 
     fn take(&mut self, update: Update) {

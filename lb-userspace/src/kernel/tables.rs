@@ -13,7 +13,7 @@ use lb_common::{
 };
 
 use super::{
-    object::{Table, open_table},
+    object::{Capacity, Table, open_table},
     pinned::{self, Fill},
     sys::{self, Map, bytes_of, map_type, value_of},
 };
@@ -301,6 +301,22 @@ const fn place(write: &Write) -> (Table, bool) {
 /// Does to memory what the writes add, and nothing of what they remove: the most that the tables must hold meanwhile.
 pub fn add_to(memory: &mut Memory, writes: &[Write]) {
     writes.iter().filter(|write| !place(write).1).for_each(|write| write.apply(memory));
+}
+
+/// What empty tables need to take these writes.
+pub fn capacity(writes: &[Write]) -> Capacity {
+    let mut capacity = Capacity::default();
+    for write in writes {
+        let (table, removes) = place(write);
+        let entries = match write {
+            _ if removes => continue,
+            Write::Endpoint(id, _) => id.saturating_add(1),
+            Write::Slots(first, ids) => first.saturating_add(u32::try_from(ids.len()).unwrap_or(u32::MAX)),
+            _ => capacity.needs(table).saturating_add(1),
+        };
+        capacity.require(table, entries);
+    }
+    capacity
 }
 
 /// The writes that fill one empty table with what memory holds.
