@@ -167,6 +167,8 @@ impl Agent {
             self.attach_failed = Some(format!("{error:#}"));
         }
         self.report.ready = self.failed.is_none();
+        // The first list takes much more than what stays of it, and never comes again.
+        kernel::release_memory();
         info!(
             services = self.pipeline.model().count(Kind::Service),
             frontends = self.pipeline.image().memory().frontends.len(),
@@ -323,6 +325,7 @@ impl Agent {
         let statistics = self.kernel.statistics();
         report.bpf_calls = statistics.calls;
         report.entries_written = statistics.entries;
+        report.bytes_written = statistics.bytes;
         report
     }
 

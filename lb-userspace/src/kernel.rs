@@ -19,6 +19,7 @@ use anyhow::{Context as _, Result, bail};
 use lb_common::memory::Memory;
 use tracing::{info, warn};
 
+pub use self::sys::release_memory;
 use self::{
     folder::Folder,
     links::{Attached, Cgroup, Links, Port},

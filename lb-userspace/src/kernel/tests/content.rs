@@ -150,8 +150,8 @@ fn tables_are_made_as_large_as_the_first_writes_need() {
     });
 }
 
-/// What changing the labels of one Pod costs among this many Services: bpf(2) calls and entries.
-fn cost_of_a_label(lab: &Lab, services: u32) -> (u64, u64) {
+/// What changing the labels of one Pod costs among this many Services: bpf(2) calls, entries, bytes.
+fn cost_of_a_label(lab: &Lab, services: u32) -> (u64, u64, u64) {
     let mut pipeline = Pipeline::new("node1", NodeOptions::default(), Image::default());
     let mut interner = Interner::default();
     let mut pod = |number: u32, app: u32| {
@@ -182,7 +182,7 @@ fn cost_of_a_label(lab: &Lab, services: u32) -> (u64, u64) {
     pipeline.take(pod(7, services));
     kernel.apply(&pipeline.compile(10)).unwrap();
     let after = kernel.statistics();
-    (after.calls - before.calls, after.entries - before.entries)
+    (after.calls - before.calls, after.entries - before.entries, after.bytes - before.bytes)
 }
 
 #[test]
@@ -192,7 +192,8 @@ fn a_label_costs_the_same_calls_among_few_services_and_many() {
         lab(move |lab| sender.send(cost_of_a_label(lab, services)).unwrap());
         receiver.recv().unwrap()
     });
-    assert_eq!(costs, [(3, 3); 2], "a slot, the frontend, the endpoint");
+    let bytes = size_of::<(u32, u32)>() + size_of::<(FrontendKey, Frontend)>() + size_of::<(u32, Endpoint)>();
+    assert_eq!(costs, [(3, 3, bytes as u64); 2], "a slot, the frontend, the endpoint");
 }
 
 #[test]
