@@ -8,6 +8,7 @@ pub mod cgroup;
 pub mod cluster;
 pub mod command;
 pub mod folder;
+pub mod foreign;
 pub mod lab;
 pub mod manifest;
 pub mod netns;
@@ -15,6 +16,7 @@ pub mod residue;
 pub mod scale;
 pub mod topology;
 pub mod traffic;
+pub mod tun;
 
 pub use self::agent::Agent;
 pub use self::lab::{Lab, Node, Pod};
