@@ -1,0 +1,147 @@
+//! One socket and many Services: each has its own endpoint, its own answers and its own memory.
+
+#![expect(clippy::unwrap_used, reason = "a helper of a test fails as the test does")]
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::time::Duration;
+
+use tests::cluster::{Cluster, TARGET};
+use tests::manifest::{PodObject, Service, SliceEndpoint, endpoint_slice};
+use tests::traffic::client::ask_datagram;
+use tests::{Client, Server, Topology};
+
+const SERVICES: u16 = 40;
+
+/// The port of an endpoint: all of them are on one pod.
+const fn target(number: u16) -> u16 {
+    9000 + number
+}
+
+fn frontends(number: u16) -> [SocketAddr; 2] {
+    let v6 = Ipv6Addr::new(0xfd00, 0x10, 0x96, 0, 0, 0, 0, 256 + number);
+    [SocketAddr::from(([10, 96, 1, number.to_be_bytes()[1]], 80)), SocketAddr::from((v6, 80))]
+}
+
+/// Forty Services, each with an endpoint port of its own on pod 1 of node 2; and one more name for the first endpoint.
+fn cluster() -> (Cluster, Vec<Server>) {
+    let cluster = Cluster::new(Topology::default(), &[], |lab| {
+        let pod = lab.pod(2, 1);
+        let one = |number: u16, target: u16| {
+            Service::new(&format!("s{number}"))
+                .selector("app", "many")
+                .dual_stack(256 + number)
+                .port("tcp", "TCP", 80, target)
+                .port("udp", "UDP", 80, target)
+        };
+        lab.manifests().write_list("services.json", (0..SERVICES).map(|number| one(number, target(number))));
+        lab.manifests().write("alias.json", one(SERVICES, target(0)));
+        lab.manifests().write("pod.json", PodObject::of(pod).label("app", "many"));
+    });
+    let pod = cluster.lab.pod(2, 1);
+    let servers = (0..SERVICES)
+        .map(|number| {
+            let addresses = [SocketAddr::from((pod.v4, target(number))), SocketAddr::from((pod.v6, target(number)))];
+            Server::start(&pod.netns, &format!("e{number}"), &addresses).unwrap()
+        })
+        .collect();
+    (cluster, servers)
+}
+
+fn askers(cluster: &Cluster) -> [(&'static str, Client); 2] {
+    let lab = &cluster.lab;
+    [("a pod", lab.client(lab.pod(1, 1))), ("the node", lab.host_client(lab.node(1)))]
+}
+
+#[test]
+fn one_udp_socket_talks_to_forty_services_at_once() {
+    let (cluster, _servers) = cluster();
+    for (who, client) in askers(&cluster) {
+        for family in [0, 1] {
+            let socket = client.udp(frontends(0)[family]).unwrap();
+            for round in 0..3 {
+                // All questions first, then all answers: forty connections of one port are alive together.
+                for number in 0..SERVICES {
+                    socket.send_to(b"who", frontends(number)[family]).unwrap();
+                }
+                let mut answers = BTreeMap::new();
+                let mut buffer = [0; 256];
+                for _ in 0..SERVICES {
+                    let (length, from) = socket.recv_from(&mut buffer).unwrap_or_else(|error| {
+                        panic!("{who}, round {round}: {} of {SERVICES} answers, then {error}", answers.len())
+                    });
+                    let text = String::from_utf8_lossy(&buffer[..length]).into_owned();
+                    answers.insert(from, text.split(' ').next().unwrap().to_owned());
+                }
+                for number in 0..SERVICES {
+                    let from = frontends(number)[family];
+                    assert_eq!(answers.get(&from), Some(&format!("e{number}")), "{who}, round {round}: {from}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn one_udp_socket_reaches_one_endpoint_by_two_names() {
+    let (cluster, _servers) = cluster();
+    for (who, client) in askers(&cluster) {
+        for family in [0, 1] {
+            let (one, two) = (frontends(0)[family], frontends(SERVICES)[family]);
+            let straight = SocketAddr::new(
+                if family == 0 { IpAddr::from(cluster.lab.pod(2, 1).v4) } else { cluster.lab.pod(2, 1).v6.into() },
+                target(0),
+            );
+            let socket = client.udp(one).unwrap();
+            socket.set_read_timeout(Some(Duration::from_secs(1))).unwrap();
+            for round in 0..3 {
+                // An answer from another address than the one that was asked is an error.
+                for to in [one, two] {
+                    let answer = ask_datagram(&socket, to);
+                    assert_eq!(answer.unwrap_or_else(|error| panic!("{who}, {round}: {to}: {error}")).by, "e0");
+                }
+            }
+            // Straight from another port, that no frontend knows.
+            let other = client.udp(one).unwrap();
+            assert_eq!(ask_datagram(&other, straight).unwrap().by, "e0", "{who}");
+        }
+    }
+}
+
+#[test]
+fn a_service_that_goes_takes_no_other_with_it() {
+    let (cluster, _servers) = cluster();
+    let lab = &cluster.lab;
+    let client = lab.client(lab.pod(1, 1));
+    let sockets = [client.udp(frontends(0)[0]).unwrap(), client.udp(frontends(0)[1]).unwrap()];
+    let ask_all = |from: u16| {
+        for (family, socket) in sockets.iter().enumerate() {
+            for number in from..SERVICES {
+                let to = frontends(number)[family];
+                let answer = ask_datagram(socket, to).unwrap_or_else(|error| panic!("{to}: {error}"));
+                assert_eq!(answer.by, format!("e{number}"));
+            }
+        }
+    };
+    ask_all(0);
+    // The first one's endpoint is another from now on.
+    let pod = lab.pod(1, 2);
+    for (address, family) in [(IpAddr::from(pod.v4), "v4"), (pod.v6.into(), "v6")] {
+        let endpoint = SliceEndpoint { address, node: pod.node.clone(), serving: true, terminating: false };
+        let ports = [("tcp", "TCP", TARGET), ("udp", "UDP", TARGET)];
+        lab.manifests()
+            .write(&format!("slice-{family}.json"), endpoint_slice(&format!("s0-{family}"), "s0", &ports, &[endpoint]));
+    }
+    for to in frontends(0) {
+        client
+            .ask_until(tests::Protocol::Udp, to, Duration::from_secs(3), |answer| {
+                answer.as_ref().is_ok_and(|answer| answer.by == "p1-2")
+            })
+            .unwrap();
+    }
+    for (family, socket) in sockets.iter().enumerate() {
+        let to = frontends(0)[family];
+        assert_eq!(ask_datagram(socket, to).unwrap().by, "p1-2", "{to}: the socket that was there before");
+    }
+    ask_all(1);
+}
