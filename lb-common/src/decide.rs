@@ -28,6 +28,18 @@ pub struct Question {
     pub device: u32,
 }
 
+impl Question {
+    /// Nothing is asked.
+    pub const NONE: Self = Self {
+        src: Addr::UNSPECIFIED_V6,
+        dst: Addr::UNSPECIFIED_V6,
+        dport: Port::ZERO,
+        proto: 0,
+        from_node: false,
+        device: 0,
+    };
+}
+
 /// The answer before an endpoint is chosen.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Class {
@@ -168,19 +180,25 @@ pub fn classify<T: Tables>(question: &Question, tables: &T) -> Class {
 /// The frontend that a packet is sent to: of its address, else of the NodePort, else of any port of the address.
 #[inline(always)]
 pub fn find<'a, T: Tables>(dst: &Addr, dport: Port, proto: u8, tables: &'a T) -> Option<&'a Frontend> {
+    // One key for all three look-ups, for the stack's sake.
+    let mut key = FrontendKey::new(*dst, dport, proto);
     if tables.may_be_frontend(dst, dport)
-        && let Some(frontend) = tables.frontend(&FrontendKey::new(*dst, dport, proto))
+        && let Some(frontend) = tables.frontend(&key)
     {
         return Some(frontend);
     }
-    let unspecified = dst.unspecified();
-    if tables.may_be_frontend(&unspecified, dport)
+    key.addr = dst.unspecified();
+    if tables.may_be_frontend(&key.addr, dport)
         && tables.node_address(dst) & node_flags::NODE_PORTS != 0
-        && let Some(frontend) = tables.frontend(&FrontendKey::new(unspecified, dport, proto))
+        && let Some(frontend) = tables.frontend(&key)
     {
         return Some(frontend);
     }
-    if tables.may_be_frontend(dst, Port::ZERO) { tables.frontend(&FrontendKey::any_port(*dst)) } else { None }
+    if !tables.may_be_frontend(dst, Port::ZERO) {
+        return None;
+    }
+    key = FrontendKey::any_port(*dst);
+    tables.frontend(&key)
 }
 
 /// The endpoint of a range that a hash picks, with its id.

@@ -119,6 +119,8 @@ pub mod state {
 pub mod flow_flags {
     /// The source is rewritten on the way out.
     pub const MASQUERADE: u8 = 1 << 0;
+    /// The frontend is a NodePort.
+    pub const NODE_PORT: u8 = 1 << 1;
 }
 
 /// TCP flags, the 14th byte of the header (RFC 9293 §3.1).

@@ -4,11 +4,13 @@
 //! sees one consistent connection, client to endpoint. The picture and the table of verdicts: `docs/packet-path.md`.
 
 mod egress;
+mod glance;
 mod ingress;
 mod open;
 
 pub use self::{egress::egress, ingress::ingress};
 use crate::{
+    decide::Question,
     flow::{CARE_INTERVAL, Flow, FlowKey, FragmentKey, state},
     parse::{Headers, Part},
     reason::Reason,
@@ -37,13 +39,16 @@ pub struct Scratch {
     pub headers: Headers,
     /// Those that an ICMP error quotes.
     pub quoted: Headers,
+    /// What is asked about a new connection.
+    pub question: Question,
     /// A flow entry that is being made.
     pub flow: Flow,
 }
 
 impl Scratch {
     /// Nothing in it.
-    pub const NEW: Self = Self { headers: Headers::NONE, quoted: Headers::NONE, flow: Flow::NONE };
+    pub const NEW: Self =
+        Self { headers: Headers::NONE, quoted: Headers::NONE, question: Question::NONE, flow: Flow::NONE };
 }
 
 /// What becomes of a packet.

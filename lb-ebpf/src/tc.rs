@@ -117,7 +117,10 @@ fn is_for_bridge(skb: *mut __sk_buff, hook: &Hook) -> bool {
 /// The verdict for the kernel. What is not ours, and what we have changed, goes on to the programs behind us.
 #[inline(always)]
 fn finish(action: Action, hook: &Hook) -> i32 {
-    Maps::count(action.reason());
+    // What is no Service's is most of the traffic, and others count it.
+    if action.reason() != Reason::NotService {
+        Maps::count(action.reason());
+    }
     match action {
         Action::Next(_) => TC_ACT_UNSPEC,
         Action::Drop(_) => TC_ACT_SHOT,

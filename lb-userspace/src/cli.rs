@@ -51,7 +51,11 @@ enum Command {
 /// Does what the arguments of the process say.
 #[must_use]
 pub fn main() -> ExitCode {
-    let result = match Cli::parse().command {
+    let command = Cli::parse().command;
+    if !matches!(command, Command::Run(_)) {
+        crate::kernel::end_with_the_reader();
+    }
+    let result = match command {
         Command::Run(args) => run::run(*args),
         Command::Status(args) => status::run(&args),
         Command::Services(args) => services::run(&args),

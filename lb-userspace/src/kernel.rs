@@ -27,6 +27,8 @@ use self::{
 };
 use crate::image::Write;
 
+pub use self::sys::end_with_the_reader;
+
 /// How programs are attached to devices (`--attach`).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Attach {

@@ -1,29 +1,50 @@
-//! `cargo xtask check`: what can be said about the source and the object without running it. Every check runs, also after one failed.
+//! `cargo xtask check`: what can be said about the source and the object without running it, or with `--kernel` how the agent does on
+//! kernels that are not this machine's. Every check runs, also after one failed. None of it is part of `cargo xtask test`: a kernel
+//! alone takes minutes.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
 
+use crate::interrupt;
+use crate::kernels;
 use crate::process;
 use crate::setup;
+use crate::stack::{self, Chain};
 use crate::workspace;
 
 /// What to check.
 #[derive(Args)]
-pub struct Options {}
+pub struct Options {
+    /// Instead of that, boot this kernel of Debian in a virtual machine and try the agent there, which takes minutes; several can be
+    /// given
+    #[arg(long, value_name = "VERSION", value_parser = clap::builder::PossibleValuesParser::new(kernels::KNOWN))]
+    kernel: Vec<String>,
+}
 
 /// Returns what is worth saying beside `ok`.
-type Check = fn() -> Result<String>;
+type Check<'a> = Box<dyn Fn() -> Result<String> + 'a>;
 
 /// Runs all checks; the exit code is 0 if none found anything.
-pub fn run(_options: &Options) -> Result<ExitCode> {
+pub fn run(options: &Options) -> Result<ExitCode> {
+    interrupt::catch();
     setup::ensure()?;
     // One after another: two cargos at once wait for each other.
-    let checks: [(&str, Check); 3] = [("format", format), ("lints", lints), ("no panic in the eBPF object", no_panics)];
+    let mut checks: Vec<(String, Check)> = Vec::new();
+    if options.kernel.is_empty() {
+        checks.push(("format".to_owned(), Box::new(format)));
+        checks.push(("lints".to_owned(), Box::new(lints)));
+        checks.push(("no panic in the eBPF object".to_owned(), Box::new(no_panics)));
+        checks.push(("stack of the programs".to_owned(), Box::new(stack_fits)));
+    }
+    for version in &options.kernel {
+        checks.push((format!("Linux {version}"), Box::new(|| kernels::check(version))));
+    }
     let mut failed = 0;
     for (name, check) in checks {
+        interrupt::check()?;
         match check() {
             Ok(detail) => println!("ok      {name}{detail}"),
             Err(error) => {
@@ -31,6 +52,9 @@ pub fn run(_options: &Options) -> Result<ExitCode> {
                 failed += 1;
             }
         }
+    }
+    for version in kernels::KNOWN.iter().filter(|version| !options.kernel.iter().any(|asked| asked == *version)) {
+        println!("not tested  Linux {version}: `cargo xtask check --kernel {version}`");
     }
     Ok(if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
@@ -51,10 +75,7 @@ fn no_panics() -> Result<String> {
     workspace::build_agent()?;
     let object = object();
     ensure!(object.exists(), "there is no object at {}", object.display());
-    let nm = symbol_lister()?;
-    let output = Command::new(&nm).arg(&object).output().with_context(|| format!("running {}", nm.display()))?;
-    let text = String::from_utf8_lossy(&output.stdout);
-    ensure!(output.status.success(), "{}: {}", nm.display(), String::from_utf8_lossy(&output.stderr));
+    let text = ask_llvm("llvm-nm", &[], &object)?;
     let panics: Vec<&str> = text.lines().filter(|line| line.contains("panic")).collect();
     if !panics.is_empty() {
         bail!("an index, a division or an unwrap is left in the programs; symbols:\n{}", panics.join("\n"));
@@ -69,10 +90,23 @@ fn object() -> PathBuf {
     }
 }
 
-fn symbol_lister() -> Result<PathBuf> {
-    let debian = PathBuf::from("/usr/lib/llvm-22/bin/llvm-nm");
-    if debian.exists() {
-        return Ok(debian);
-    }
-    workspace::find_program("llvm-nm").context("llvm-nm is in no folder of PATH; install LLVM's binary tools")
+/// The verifier of this machine's kernel may allow more than that of another.
+fn stack_fits() -> Result<String> {
+    workspace::build_agent()?;
+    let text = ask_llvm("llvm-objdump", &["--disassemble", "--reloc"], &object())?;
+    let Chain { bytes, functions } = stack::deepest(&text)?;
+    let functions: Vec<String> = functions.iter().map(|(name, own)| format!("{name} {own}")).collect();
+    let chain = functions.join(" > ");
+    ensure!(bytes <= stack::LIMIT, "{bytes} bytes of {} as Linux 6.1 counts them: {chain}", stack::LIMIT);
+    Ok(format!(" ({bytes} bytes of {} as Linux 6.1 counts them: {chain})", stack::LIMIT))
+}
+
+fn ask_llvm(program: &str, arguments: &[&str], object: &Path) -> Result<String> {
+    let debian = Path::new("/usr/lib/llvm-22/bin").join(program);
+    let path = if debian.exists() { Some(debian) } else { workspace::find_program(program) };
+    let path = path.with_context(|| format!("{program} is in no folder of PATH; install LLVM's binary tools"))?;
+    let output = Command::new(&path).args(arguments).arg(object).output();
+    let output = output.with_context(|| format!("running {}", path.display()))?;
+    ensure!(output.status.success(), "{}: {}", path.display(), String::from_utf8_lossy(&output.stderr));
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }

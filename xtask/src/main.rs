@@ -3,9 +3,11 @@
 mod check;
 mod demo;
 mod interrupt;
+mod kernels;
 mod process;
 mod scale;
 mod setup;
+mod stack;
 mod test;
 mod workspace;
 
@@ -27,12 +29,15 @@ enum Task {
     Demo(demo::Options),
     /// Run every test of the project and end with `N passed, N failed` (root)
     Test(test::Options),
-    /// Check format, lints and the eBPF object
+    /// Check format, lints and the eBPF object, or with --kernel the agent on other kernels
     Check(check::Options),
     /// Install what building and testing need and isn't there; asks nothing
     Setup(setup::Options),
     /// Write a folder of manifests with many Services
     Scale(scale::Options),
+    /// What a virtual machine of `check --kernel` runs
+    #[command(hide = true)]
+    Guest,
 }
 
 fn main() -> ExitCode {
@@ -42,6 +47,7 @@ fn main() -> ExitCode {
         Task::Check(options) => check::run(&options),
         Task::Setup(options) => setup::run(&options),
         Task::Scale(options) => scale::run(&options),
+        Task::Guest => kernels::guest::run(),
     };
     match result {
         Ok(code) => code,

@@ -22,6 +22,9 @@ pub struct Options {
     /// Only say what is missing; exit with 1 if something is
     #[arg(long)]
     dry_run: bool,
+    /// Also what `cargo xtask check --kernel` needs
+    #[arg(long)]
+    kernels: bool,
 }
 
 /// Something that has to be there.
@@ -37,7 +40,8 @@ struct Need {
 /// The subcommand.
 pub fn run(options: &Options) -> Result<ExitCode> {
     if options.dry_run {
-        let missing: Vec<Need> = needs().into_iter().filter(|need| !need.found).collect();
+        let optional = if options.kernels { virtual_machine_needs() } else { Vec::new() };
+        let missing: Vec<Need> = needs().into_iter().chain(optional).filter(|need| !need.found).collect();
         missing.iter().for_each(describe);
         let linker = linker_is_missing();
         if linker {
@@ -49,7 +53,8 @@ pub fn run(options: &Options) -> Result<ExitCode> {
         }
         return Ok(ExitCode::FAILURE);
     }
-    if !ensure()? {
+    let installed = ensure()? | (options.kernels && ensure_virtual_machines()?);
+    if !installed {
         println!("Everything is there.");
     }
     Ok(ExitCode::SUCCESS)
@@ -85,6 +90,32 @@ pub fn ensure() -> Result<bool> {
         bail!("still missing after the installation of {}: {}", need.packages.join(" "), need.why);
     }
     Ok(true)
+}
+
+/// Installs what booting kernels needs and isn't there; true if something was missing. Only who asks for a kernel gets it.
+pub fn ensure_virtual_machines() -> Result<bool> {
+    let missing: Vec<Need> = virtual_machine_needs().into_iter().filter(|need| !need.found).collect();
+    if missing.is_empty() {
+        return Ok(false);
+    }
+    if !is_debian() {
+        bail!("kernels to boot are packages of Debian; the missing programs:\n{}", list(&missing));
+    }
+    missing.iter().for_each(describe);
+    install_packages(&missing)?;
+    Ok(true)
+}
+
+fn virtual_machine_needs() -> Vec<Need> {
+    let has = |program: &str| workspace::find_program(program).is_some();
+    vec![
+        Need {
+            packages: &["qemu-system-x86"],
+            why: "`cargo xtask check --kernel` boots kernels in virtual machines",
+            found: has("qemu-system-x86_64"),
+        },
+        Need { packages: &["xz-utils"], why: "modules of some kernels are compressed with `xz`", found: has("xz") },
+    ]
 }
 
 const LINKER_WHY: &str = "it links Rust's LLVM bitcode into the eBPF object, and must be of the compiler's LLVM major";
@@ -198,11 +229,12 @@ fn describe(need: &Need) {
     println!("Missing: {}: {}", need.packages.join(" "), need.why);
 }
 
+fn list(missing: &[Need]) -> String {
+    missing.iter().map(|need| format!("  {}: {}\n", need.packages.join(" "), need.why)).collect()
+}
+
 fn instructions(missing: &[Need], linker: bool) -> String {
-    let mut text = String::from("Missing:\n");
-    for need in missing {
-        text += &format!("  {}: {}\n", need.packages.join(" "), need.why);
-    }
+    let mut text = format!("Missing:\n{}", list(missing));
     if linker {
         text += &format!("  bpf-linker: {LINKER_WHY}\n");
     }

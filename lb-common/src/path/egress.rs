@@ -1,6 +1,6 @@
 //! The way out.
 
-use super::{Action, At, Hook, Scratch, care, close, complete_fragment, confirm, wants_care};
+use super::{Action, At, Hook, Scratch, care, close, complete_fragment, confirm, glance::may_leave, wants_care};
 use crate::{
     addr::{Addr, Port},
     flow::{Flow, FlowKey, Kind, flow_flags, state, tcp_flags},
@@ -19,7 +19,10 @@ const PROBES: u32 = 32;
 /// Looks at a packet that leaves the host by a device.
 #[inline(always)]
 pub fn egress<P: Packet, S: State>(packet: &mut P, hook: &Hook, scratch: &mut Scratch, state: &mut S) -> Action {
-    let Scratch { headers, quoted, flow } = scratch;
+    if !may_leave(packet, hook, state) {
+        return Action::Next(Reason::NotService);
+    }
+    let Scratch { headers, quoted, flow, .. } = scratch;
     if parse(packet, hook.link_header, hook.v6, headers).is_none() {
         return Action::Next(Reason::Unreadable);
     }

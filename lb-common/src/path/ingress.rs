@@ -3,6 +3,7 @@
 
 use super::{
     Action, At, Hook, Scratch, care, close, complete_fragment, confirm,
+    glance::may_enter,
     open::{establish, open},
     wants_care,
 };
@@ -23,16 +24,20 @@ use crate::{
 /// Looks at a packet that enters the host by a device.
 #[inline(always)]
 pub fn ingress<P: Packet, S: State>(packet: &mut P, hook: &Hook, scratch: &mut Scratch, state: &mut S) -> Action {
-    let Scratch { headers, quoted, flow } = scratch;
+    if !may_enter(packet, hook, state) {
+        return Action::Next(Reason::NotService);
+    }
+    let Scratch { headers, quoted, question, flow } = scratch;
     if parse(packet, hook.link_header, hook.v6, headers).is_none() {
         return Action::Next(Reason::Unreadable);
     }
     let headers = core::hint::black_box(headers);
     let whole = matches!(headers.part, Part::Whole);
     let action = if !headers.has_ports() {
-        other(packet, hook, headers, quoted, state)
+        // Not within `other`: Linux before 6.7 rounds each frame of a call chain up to 32 bytes, and this is the longest.
+        icmp::ingress(packet, headers, quoted, state).unwrap_or_else(|| other(packet, hook, headers, state))
     } else if whole || complete_fragment(headers, At::Ingress, state) {
-        transport(packet, hook, headers, flow, state)
+        transport(packet, hook, headers, question, flow, state)
     } else {
         lost_fragment(headers, state)
     };
@@ -44,6 +49,7 @@ fn transport<P: Packet, S: State>(
     packet: &mut P,
     hook: &Hook,
     headers: &Headers,
+    question: &mut Question,
     flow: &mut Flow,
     state: &mut S,
 ) -> Action {
@@ -54,7 +60,7 @@ fn transport<P: Packet, S: State>(
         if let Some(action) = known(packet, headers, flow, state) {
             return action;
         }
-        let action = open(hook, headers, flow, state);
+        let action = open(hook, headers, question, flow, state);
         match action.reason() {
             Reason::NewFlow | Reason::MidFlow => return establish(packet, hook, headers, flow, state),
             Reason::NotService => {}
@@ -186,18 +192,9 @@ fn lost_fragment<S: State>(headers: &Headers, state: &S) -> Action {
     Action::Next(Reason::NotService)
 }
 
-/// Protocols without ports: ICMP errors about connections of ours, and everything that a ClusterIP doesn't have.
+/// Protocols without ports, but for ICMP errors about connections of ours: everything that a ClusterIP doesn't have.
 #[inline(never)]
-fn other<P: Packet, S: State>(
-    packet: &mut P,
-    hook: &Hook,
-    headers: &Headers,
-    quoted: &mut Headers,
-    state: &mut S,
-) -> Action {
-    if let Some(action) = icmp::ingress(packet, headers, quoted, state) {
-        return action;
-    }
+fn other<P: Packet, S: State>(packet: &P, hook: &Hook, headers: &Headers, state: &S) -> Action {
     if headers.v6 && headers.proto == protocol::ICMPV6 && icmp::is_neighbour_discovery(packet, headers) {
         return Action::Next(Reason::NotService);
     }

@@ -22,8 +22,14 @@ const SHIFTS: u32 = 16;
 /// [`Action::Next`] for [`Reason::NewFlow`] and [`Reason::MidFlow`]: `flow` is the entry to [`establish`].
 /// [`Action::Answer`] is the decision to refuse. The packet is still as it came.
 #[inline(never)]
-pub(super) fn open<S: State>(hook: &Hook, headers: &Headers, flow: &mut Flow, state: &mut S) -> Action {
-    let question = Question {
+pub(super) fn open<S: State>(
+    hook: &Hook,
+    headers: &Headers,
+    question: &mut Question,
+    flow: &mut Flow,
+    state: &mut S,
+) -> Action {
+    *question = Question {
         src: headers.src,
         dst: headers.dst,
         dport: headers.dport,
@@ -32,16 +38,16 @@ pub(super) fn open<S: State>(hook: &Hook, headers: &Headers, flow: &mut Flow, st
         device: hook.device,
     };
     let hash = hash::tuple(&headers.src, headers.sport, &headers.dst, headers.dport);
+    // From here on the headers are read anew: what was read for the hash would be kept on the stack, which is short.
+    let headers = core::hint::black_box(headers);
     let mid_flow = headers.proto == protocol::TCP && headers.tcp & (tcp_flags::SYN | tcp_flags::ACK) != tcp_flags::SYN;
-    match decide(&question, hash, state) {
+    let question = core::hint::black_box(question);
+    match decide(question, hash, state) {
         Decision::Forward(choice) => {
             if matches!(headers.part, Part::Later) {
                 return Action::Drop(Reason::FragmentWithoutFirst);
             }
             if mid_flow && (choice.flags & frontend_flags::NODE_PORT != 0 || state.leaves_mid_flow()) {
-                return Action::Next(Reason::MidFlowForeign);
-            }
-            if choice.flags & frontend_flags::NODE_PORT != 0 && is_foreign(headers, state) {
                 return Action::Next(Reason::MidFlowForeign);
             }
             make(flow, headers, &choice, state.now());
@@ -62,7 +68,7 @@ const fn is_mid_flow(headers: &Headers) -> bool {
 }
 
 /// Whether the packet answers one that the node sent from a port that is also a NodePort.
-#[inline(always)]
+#[inline(never)]
 fn is_foreign<S: State>(headers: &Headers, state: &mut S) -> bool {
     let key = FlowKey::new(Kind::Foreign, headers.dst, headers.dport, headers.src, headers.sport, headers.proto);
     let now = state.now();
@@ -84,7 +90,8 @@ fn make(flow: &mut Flow, headers: &Headers, choice: &Choice, now: u32) {
         forwarded_port: headers.sport,
         node_port: Port::ZERO,
         state: 0,
-        flags: if *masquerade { flow_flags::MASQUERADE } else { 0 },
+        flags: if *masquerade { flow_flags::MASQUERADE } else { 0 }
+            | if choice.flags & frontend_flags::NODE_PORT != 0 { flow_flags::NODE_PORT } else { 0 },
         endpoint_id: *id,
         generation: endpoint.generation,
         service: *service,
@@ -96,7 +103,8 @@ fn make(flow: &mut Flow, headers: &Headers, choice: &Choice, now: u32) {
     }
 }
 
-/// Remembers a new connection and sends its first packet to the endpoint.
+/// Remembers a new connection and sends its first packet to the endpoint. What answers a packet of the node itself is
+/// none, and passes.
 #[inline(never)]
 pub(super) fn establish<P: Packet, S: State>(
     packet: &mut P,
@@ -105,6 +113,9 @@ pub(super) fn establish<P: Packet, S: State>(
     flow: &mut Flow,
     state: &mut S,
 ) -> Action {
+    if flow.flags & flow_flags::NODE_PORT != 0 && is_foreign(headers, state) {
+        return Action::Next(Reason::MidFlowForeign);
+    }
     if flow.flags & flow_flags::MASQUERADE == 0 {
         flow.bridge = state.bridge_between(hook.device, &flow.endpoint);
     }

@@ -7,7 +7,7 @@ use std::{
 
 use anyhow::Result;
 use clap::Args;
-use lb_common::reason::Reason;
+use lb_common::{memory::Memory, reason::Reason};
 use serde::Serialize;
 
 use super::{
@@ -19,7 +19,10 @@ use crate::{
         door::{Question, ask},
         report::Report,
     },
-    kernel::links::{Attached, Mechanism},
+    kernel::{
+        links::{Attached, Mechanism},
+        pinned::Fill,
+    },
 };
 
 /// Say what is attached where, how many there are of everything, and what is wrong
@@ -94,11 +97,7 @@ impl Status {
             frontends: memory.frontends.len(),
             endpoints: memory.endpoints.values().filter(|endpoint| endpoint.flags != 0).count(),
             attached,
-            maps: pinned
-                .fill()?
-                .into_iter()
-                .map(|fill| Map { name: fill.name, used: fill.used, room: fill.room })
-                .collect(),
+            maps: maps(pinned.fill()?, &memory),
             packets: Reason::ALL
                 .iter()
                 .zip(pinned.counters()?)
@@ -157,6 +156,17 @@ impl Status {
             println!("  {problem}");
         }
     }
+}
+
+/// The maps that can fill up. Every element of an array is there from the start: in two of them it counts what is in use.
+fn maps(fill: Vec<Fill>, memory: &Memory) -> Vec<Map> {
+    let used = |fill: &Fill| match fill.name {
+        "SLOTS" => Some(memory.slots.len() as u64),
+        "ENDPOINTS" => Some(memory.endpoints.values().filter(|endpoint| endpoint.flags != 0).count() as u64),
+        "SETTINGS" | "FRONTEND_BITS" | "ENDPOINT_BITS" | "COUNTERS" | "SOCKETS" => None,
+        _ => Some(fill.used),
+    };
+    fill.iter().filter_map(|fill| Some(Map { name: fill.name, used: used(fill)?, room: fill.room })).collect()
 }
 
 impl Program {

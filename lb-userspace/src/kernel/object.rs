@@ -3,12 +3,12 @@
 //! In: the compiled object, how much there is to store, a generation's folder. Out: pinned maps of the right shape, loaded
 //! programs. Nothing is attached here.
 
-use std::{collections::BTreeMap, fs, io, os::fd::AsFd as _, os::fd::OwnedFd, path::Path, thread};
+use std::{collections::BTreeMap, fs, io, os::fd::AsFd as _, os::fd::OwnedFd, path::Path, thread, time::Instant};
 
 use anyhow::{Context as _, Result, bail};
 use aya::{
     Ebpf, EbpfLoader,
-    programs::{CgroupSockAddr, ProgramError, SchedClassifier},
+    programs::{CgroupSockAddr, ProgramError, ProgramInfo, SchedClassifier},
 };
 use lb_common::{
     addr::Addr,
@@ -18,6 +18,7 @@ use lb_common::{
     reason::REASONS,
     socket::Pairs,
 };
+use tracing::debug;
 
 use super::{
     Options, SocketLb,
@@ -306,16 +307,28 @@ fn load(
     for name in ["ingress", "egress"] {
         let program = object.program_mut(name).with_context(|| format!("no program {name} in the object"))?;
         let program: &mut SchedClassifier = program.try_into()?;
+        let start = Instant::now();
         program.load().map_err(|error| explain(name, error))?;
+        loaded(name, link_header > 0, program.info(), start);
     }
     if link_header > 0 {
         for (name, _) in SOCKET_HOOKS {
             let program = object.program_mut(name).with_context(|| format!("no program {name} in the object"))?;
             let program: &mut CgroupSockAddr = program.try_into()?;
+            let start = Instant::now();
             program.load().map_err(|error| explain(name, error))?;
+            loaded(name, true, program.info(), start);
         }
     }
     Ok(object)
+}
+
+/// What the verifier had to do; for people who look after the programs.
+fn loaded(name: &str, ethernet: bool, info: Result<ProgramInfo, ProgramError>, start: Instant) {
+    let milliseconds = u64::try_from(start.elapsed().as_millis()).unwrap_or(u64::MAX);
+    // Linux 5.16.
+    let verified = info.ok().and_then(|info| info.verified_instruction_count());
+    debug!(program = name, ethernet, verified, milliseconds, "program loaded");
 }
 
 /// The end of the verifier's log, which names the instruction that it refused.

@@ -477,3 +477,8 @@ pub fn ipv6_checksum_flag() -> io::Result<u64> {
     let answer = run.0[1].cast_signed();
     Ok(if answer == -libc::EFAULT { u64::from(FLAG) } else { 0 })
 }
+/// Makes a process that prints into a pipe end silently when nobody reads it any more, as other tools do.
+pub fn end_with_the_reader() {
+    // SAFETY: no handler of ours runs; before any thread is started.
+    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
+}
