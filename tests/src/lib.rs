@@ -4,6 +4,7 @@
 //! Never here: a link between these namespaces and an interface of the machine, and any knowledge of how the agent works inside.
 
 pub mod agent;
+pub mod bpf;
 pub mod cgroup;
 pub mod cluster;
 pub mod command;

@@ -3,9 +3,11 @@
 #![expect(clippy::unwrap_used, reason = "a helper of a test fails as the test does")]
 
 use std::collections::BTreeMap;
-use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::thread;
 use std::time::Duration;
 
+use tests::bpf::PinnedMap;
 use tests::cluster::{Cluster, TARGET};
 use tests::manifest::{PodObject, Service, SliceEndpoint, endpoint_slice};
 use tests::traffic::client::ask_datagram;
@@ -48,32 +50,33 @@ fn cluster() -> (Cluster, Vec<Server>) {
     (cluster, servers)
 }
 
-fn askers(cluster: &Cluster) -> [(&'static str, Client); 2] {
+/// Who asks, and how many Services at once: a socket of the node remembers sixteen.
+fn askers(cluster: &Cluster) -> [(&'static str, Client, u16); 2] {
     let lab = &cluster.lab;
-    [("a pod", lab.client(lab.pod(1, 1))), ("the node", lab.host_client(lab.node(1)))]
+    [("a pod", lab.client(lab.pod(1, 1)), SERVICES), ("the node", lab.host_client(lab.node(1)), 16)]
 }
 
 #[test]
 fn one_udp_socket_talks_to_forty_services_at_once() {
     let (cluster, _servers) = cluster();
-    for (who, client) in askers(&cluster) {
+    for (who, client, services) in askers(&cluster) {
         for family in [0, 1] {
             let socket = client.udp(frontends(0)[family]).unwrap();
             for round in 0..3 {
                 // All questions first, then all answers: forty connections of one port are alive together.
-                for number in 0..SERVICES {
+                for number in 0..services {
                     socket.send_to(b"who", frontends(number)[family]).unwrap();
                 }
                 let mut answers = BTreeMap::new();
                 let mut buffer = [0; 256];
-                for _ in 0..SERVICES {
+                for _ in 0..services {
                     let (length, from) = socket.recv_from(&mut buffer).unwrap_or_else(|error| {
-                        panic!("{who}, round {round}: {} of {SERVICES} answers, then {error}", answers.len())
+                        panic!("{who}, round {round}: {} of {services} answers, then {error}", answers.len())
                     });
                     let text = String::from_utf8_lossy(&buffer[..length]).into_owned();
                     answers.insert(from, text.split(' ').next().unwrap().to_owned());
                 }
-                for number in 0..SERVICES {
+                for number in 0..services {
                     let from = frontends(number)[family];
                     assert_eq!(answers.get(&from), Some(&format!("e{number}")), "{who}, round {round}: {from}");
                 }
@@ -83,27 +86,57 @@ fn one_udp_socket_talks_to_forty_services_at_once() {
 }
 
 #[test]
-fn one_udp_socket_reaches_one_endpoint_by_two_names() {
+fn one_udp_socket_of_a_pod_reaches_one_endpoint_by_two_names() {
     let (cluster, _servers) = cluster();
-    for (who, client) in askers(&cluster) {
-        for family in [0, 1] {
-            let (one, two) = (frontends(0)[family], frontends(SERVICES)[family]);
-            let straight = SocketAddr::new(
-                if family == 0 { IpAddr::from(cluster.lab.pod(2, 1).v4) } else { cluster.lab.pod(2, 1).v6.into() },
-                target(0),
-            );
-            let socket = client.udp(one).unwrap();
-            socket.set_read_timeout(Some(Duration::from_secs(1))).unwrap();
-            for round in 0..3 {
-                // An answer from another address than the one that was asked is an error.
-                for to in [one, two] {
-                    let answer = ask_datagram(&socket, to);
-                    assert_eq!(answer.unwrap_or_else(|error| panic!("{who}, {round}: {to}: {error}")).by, "e0");
-                }
+    let client = cluster.lab.client(cluster.lab.pod(1, 1));
+    for family in [0, 1] {
+        let (one, two) = (frontends(0)[family], frontends(SERVICES)[family]);
+        let socket = client.udp(one).unwrap();
+        for round in 0..3 {
+            // An answer from another address than the one that was asked is an error.
+            for to in [one, two] {
+                let answer = ask_datagram(&socket, to);
+                assert_eq!(answer.unwrap_or_else(|error| panic!("round {round}: {to}: {error}")).by, "e0");
             }
-            // Straight from another port, that no frontend knows.
-            let other = client.udp(one).unwrap();
-            assert_eq!(ask_datagram(&other, straight).unwrap().by, "e0", "{who}");
+        }
+    }
+}
+
+/// What is not as it should be when one socket asks every Service.
+fn ask_every_service(socket: &UdpSocket, family: usize) -> Vec<String> {
+    let mut wrong = Vec::new();
+    for number in 0..SERVICES {
+        let to = frontends(number)[family];
+        match ask_datagram(socket, to) {
+            Ok(answer) if answer.by == format!("e{number}") => {}
+            other => wrong.push(format!("{to}: {other:?}")),
+        }
+    }
+    wrong
+}
+
+#[test]
+fn an_entry_that_is_evicted_costs_no_other_connection_and_comes_back() {
+    let (cluster, _servers) = cluster();
+    let lab = &cluster.lab;
+    let flows = PinnedMap::open(&lab.bpffs(lab.node(1)).join("v1/flows/FLOWS")).unwrap();
+    let client = lab.client(lab.pod(1, 1)).with_timeout(Duration::from_millis(100));
+    for family in [0, 1] {
+        let before = flows.keys().unwrap();
+        let socket = client.udp(frontends(0)[family]).unwrap();
+        assert_eq!(ask_every_service(&socket, family), Vec::<String>::new());
+        let keys: Vec<_> = flows.keys().unwrap().into_iter().filter(|key| !before.contains(key)).collect();
+        assert_eq!(keys.len(), 2 * usize::from(SERVICES), "two entries each");
+        for key in keys.iter().step_by(keys.len() / 4) {
+            flows.remove(key).unwrap();
+            let wrong = ask_every_service(&socket, family);
+            assert!(wrong.len() <= 1, "one entry is gone: {wrong:?}");
+            // Once in eight seconds the other entry is asked whether this one is there.
+            thread::sleep(Duration::from_secs(9));
+            // An answer that came untranslated may still wait in the socket.
+            ask_every_service(&socket, family);
+            while socket.recv(&mut [0; 256]).is_ok() {}
+            assert_eq!(ask_every_service(&socket, family), Vec::<String>::new(), "nine seconds later");
         }
     }
 }
