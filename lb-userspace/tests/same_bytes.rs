@@ -146,7 +146,9 @@ fn run_here(machine: &mut Machine, way: Way, frame: &[u8]) -> (u32, Option<&'sta
         Way::Out => egress,
     };
     let action = run(&mut out, &hook, &mut Scratch::NEW.clone(), machine);
-    (code(action), Some(action.reason().as_str()), out)
+    // What is none of ours is not counted.
+    let counted = (action.reason() != Reason::NotService).then_some(action.reason().as_str());
+    (code(action), counted, out)
 }
 
 fn compare(seed: u64) {

@@ -4,10 +4,12 @@
 //! Never here: a link between these namespaces and an interface of the machine, and any knowledge of how the agent works inside.
 
 pub mod agent;
+pub mod bpf;
 pub mod cgroup;
 pub mod cluster;
 pub mod command;
 pub mod folder;
+pub mod foreign;
 pub mod lab;
 pub mod manifest;
 pub mod netns;
@@ -15,6 +17,7 @@ pub mod residue;
 pub mod scale;
 pub mod topology;
 pub mod traffic;
+pub mod tun;
 
 pub use self::agent::Agent;
 pub use self::lab::{Lab, Node, Pod};

@@ -119,7 +119,8 @@ impl Answer {
 pub fn ask<T: serde::de::DeserializeOwned>(bpffs: &Path, question: Question) -> Option<T> {
     let mut stream = StdStream::connect_addr(&address(bpffs).ok()?).ok()?;
     stream.set_read_timeout(Some(PATIENCE)).ok()?;
-    writeln!(stream, "{}", question.word()).ok()?;
+    // One write: an agent that has read the word alone may have answered and closed before the line's end is there.
+    stream.write_all(format!("{}\n", question.word()).as_bytes()).ok()?;
     let mut text = String::new();
     stream.read_to_string(&mut text).ok()?;
     serde_json::from_str(&text).ok()

@@ -21,7 +21,6 @@ pub enum Way {
 
 /// The causes that every run must have met.
 pub const CAUSES: &[&str] = &[
-    "not_service",
     "unreadable",
     "new_flow",
     "established",

@@ -124,3 +124,35 @@ pub fn ping(to: IpAddr, timeout: Duration) -> io::Result<()> {
     }
     Err(io::ErrorKind::TimedOut.into())
 }
+
+/// Sends a frame as it is out of a device of the calling thread's namespace.
+pub fn send_frame(device: &str, frame: &[u8]) -> io::Result<()> {
+    let name = std::ffi::CString::new(device)?;
+    // SAFETY: the name ends with a zero and lives through the call.
+    let index = unsafe { libc::if_nametoindex(name.as_ptr()) };
+    if index == 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let socket = socket_with(AddressFamily::PACKET, SocketType::RAW, SocketFlags::CLOEXEC, None)?;
+    let address = libc::sockaddr_ll {
+        sll_family: libc::AF_PACKET as u16,
+        sll_protocol: 0,
+        sll_ifindex: index.cast_signed(),
+        sll_hatype: 0,
+        sll_pkttype: 0,
+        sll_halen: 6,
+        sll_addr: [0; 8],
+    };
+    // SAFETY: frame and address live through the call and are as long as said.
+    let sent = unsafe {
+        libc::sendto(
+            socket.as_raw_fd(),
+            frame.as_ptr().cast(),
+            frame.len(),
+            0,
+            (&raw const address).cast(),
+            size_of_val(&address) as libc::socklen_t,
+        )
+    };
+    if sent < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}

@@ -1,0 +1,180 @@
+//! One socket and many Services: each has its own endpoint, its own answers and its own memory.
+
+#![expect(clippy::unwrap_used, reason = "a helper of a test fails as the test does")]
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::thread;
+use std::time::Duration;
+
+use tests::bpf::PinnedMap;
+use tests::cluster::{Cluster, TARGET};
+use tests::manifest::{PodObject, Service, SliceEndpoint, endpoint_slice};
+use tests::traffic::client::ask_datagram;
+use tests::{Client, Server, Topology};
+
+const SERVICES: u16 = 40;
+
+/// The port of an endpoint: all of them are on one pod.
+const fn target(number: u16) -> u16 {
+    9000 + number
+}
+
+fn frontends(number: u16) -> [SocketAddr; 2] {
+    let v6 = Ipv6Addr::new(0xfd00, 0x10, 0x96, 0, 0, 0, 0, 256 + number);
+    [SocketAddr::from(([10, 96, 1, number.to_be_bytes()[1]], 80)), SocketAddr::from((v6, 80))]
+}
+
+/// Forty Services, each with an endpoint port of its own on pod 1 of node 2; and one more name for the first endpoint.
+fn cluster() -> (Cluster, Vec<Server>) {
+    let cluster = Cluster::new(Topology::default(), &[], |lab| {
+        let pod = lab.pod(2, 1);
+        let one = |number: u16, target: u16| {
+            Service::new(&format!("s{number}"))
+                .selector("app", "many")
+                .dual_stack(256 + number)
+                .port("tcp", "TCP", 80, target)
+                .port("udp", "UDP", 80, target)
+        };
+        lab.manifests().write_list("services.json", (0..SERVICES).map(|number| one(number, target(number))));
+        lab.manifests().write("alias.json", one(SERVICES, target(0)));
+        lab.manifests().write("pod.json", PodObject::of(pod).label("app", "many"));
+    });
+    let pod = cluster.lab.pod(2, 1);
+    let servers = (0..SERVICES)
+        .map(|number| {
+            let addresses = [SocketAddr::from((pod.v4, target(number))), SocketAddr::from((pod.v6, target(number)))];
+            Server::start(&pod.netns, &format!("e{number}"), &addresses).unwrap()
+        })
+        .collect();
+    (cluster, servers)
+}
+
+/// Who asks, and how many Services at once: a socket of the node remembers sixteen.
+fn askers(cluster: &Cluster) -> [(&'static str, Client, u16); 2] {
+    let lab = &cluster.lab;
+    [("a pod", lab.client(lab.pod(1, 1)), SERVICES), ("the node", lab.host_client(lab.node(1)), 16)]
+}
+
+#[test]
+fn one_udp_socket_talks_to_forty_services_at_once() {
+    let (cluster, _servers) = cluster();
+    for (who, client, services) in askers(&cluster) {
+        for family in [0, 1] {
+            let socket = client.udp(frontends(0)[family]).unwrap();
+            for round in 0..3 {
+                // All questions first, then all answers: forty connections of one port are alive together.
+                for number in 0..services {
+                    socket.send_to(b"who", frontends(number)[family]).unwrap();
+                }
+                let mut answers = BTreeMap::new();
+                let mut buffer = [0; 256];
+                for _ in 0..services {
+                    let (length, from) = socket.recv_from(&mut buffer).unwrap_or_else(|error| {
+                        panic!("{who}, round {round}: {} of {services} answers, then {error}", answers.len())
+                    });
+                    let text = String::from_utf8_lossy(&buffer[..length]).into_owned();
+                    answers.insert(from, text.split(' ').next().unwrap().to_owned());
+                }
+                for number in 0..services {
+                    let from = frontends(number)[family];
+                    assert_eq!(answers.get(&from), Some(&format!("e{number}")), "{who}, round {round}: {from}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn one_udp_socket_of_a_pod_reaches_one_endpoint_by_two_names() {
+    let (cluster, _servers) = cluster();
+    let client = cluster.lab.client(cluster.lab.pod(1, 1));
+    for family in [0, 1] {
+        let (one, two) = (frontends(0)[family], frontends(SERVICES)[family]);
+        let socket = client.udp(one).unwrap();
+        for round in 0..3 {
+            // An answer from another address than the one that was asked is an error.
+            for to in [one, two] {
+                let answer = ask_datagram(&socket, to);
+                assert_eq!(answer.unwrap_or_else(|error| panic!("round {round}: {to}: {error}")).by, "e0");
+            }
+        }
+    }
+}
+
+/// What is not as it should be when one socket asks every Service.
+fn ask_every_service(socket: &UdpSocket, family: usize) -> Vec<String> {
+    let mut wrong = Vec::new();
+    for number in 0..SERVICES {
+        let to = frontends(number)[family];
+        match ask_datagram(socket, to) {
+            Ok(answer) if answer.by == format!("e{number}") => {}
+            other => wrong.push(format!("{to}: {other:?}")),
+        }
+    }
+    wrong
+}
+
+#[test]
+fn an_entry_that_is_evicted_costs_no_other_connection_and_comes_back() {
+    let (cluster, _servers) = cluster();
+    let lab = &cluster.lab;
+    let flows = PinnedMap::open(&lab.bpffs(lab.node(1)).join("v1/flows/FLOWS")).unwrap();
+    let client = lab.client(lab.pod(1, 1)).with_timeout(Duration::from_millis(100));
+    for family in [0, 1] {
+        let before = flows.keys().unwrap();
+        let socket = client.udp(frontends(0)[family]).unwrap();
+        assert_eq!(ask_every_service(&socket, family), Vec::<String>::new());
+        let keys: Vec<_> = flows.keys().unwrap().into_iter().filter(|key| !before.contains(key)).collect();
+        assert_eq!(keys.len(), 2 * usize::from(SERVICES), "two entries each");
+        for key in keys.iter().step_by(keys.len() / 4) {
+            flows.remove(key).unwrap();
+            let wrong = ask_every_service(&socket, family);
+            assert!(wrong.len() <= 1, "one entry is gone: {wrong:?}");
+            // Once in eight seconds the other entry is asked whether this one is there.
+            thread::sleep(Duration::from_secs(9));
+            // An answer that came untranslated may still wait in the socket.
+            ask_every_service(&socket, family);
+            while socket.recv(&mut [0; 256]).is_ok() {}
+            assert_eq!(ask_every_service(&socket, family), Vec::<String>::new(), "nine seconds later");
+        }
+    }
+}
+
+#[test]
+fn a_service_that_goes_takes_no_other_with_it() {
+    let (cluster, _servers) = cluster();
+    let lab = &cluster.lab;
+    let client = lab.client(lab.pod(1, 1));
+    let sockets = [client.udp(frontends(0)[0]).unwrap(), client.udp(frontends(0)[1]).unwrap()];
+    let ask_all = |from: u16| {
+        for (family, socket) in sockets.iter().enumerate() {
+            for number in from..SERVICES {
+                let to = frontends(number)[family];
+                let answer = ask_datagram(socket, to).unwrap_or_else(|error| panic!("{to}: {error}"));
+                assert_eq!(answer.by, format!("e{number}"));
+            }
+        }
+    };
+    ask_all(0);
+    // The first one's endpoint is another from now on.
+    let pod = lab.pod(1, 2);
+    for (address, family) in [(IpAddr::from(pod.v4), "v4"), (pod.v6.into(), "v6")] {
+        let endpoint = SliceEndpoint { address, node: pod.node.clone(), serving: true, terminating: false };
+        let ports = [("tcp", "TCP", TARGET), ("udp", "UDP", TARGET)];
+        lab.manifests()
+            .write(&format!("slice-{family}.json"), endpoint_slice(&format!("s0-{family}"), "s0", &ports, &[endpoint]));
+    }
+    for to in frontends(0) {
+        client
+            .ask_until(tests::Protocol::Udp, to, Duration::from_secs(3), |answer| {
+                answer.as_ref().is_ok_and(|answer| answer.by == "p1-2")
+            })
+            .unwrap();
+    }
+    for (family, socket) in sockets.iter().enumerate() {
+        let to = frontends(0)[family];
+        assert_eq!(ask_datagram(socket, to).unwrap().by, "p1-2", "{to}: the socket that was there before");
+    }
+    ask_all(1);
+}
