@@ -26,7 +26,7 @@ pub struct Pair {
     pub endpoint_id: u32,
     /// Generation of that id.
     pub generation: u32,
-    /// Not 0 where the pair is in use.
+    /// When it was used last, by the count of the socket's [`Pairs::uses`]; 0: never.
     pub used: u32,
 }
 
@@ -36,10 +36,10 @@ pub struct Pair {
 pub struct Pairs {
     /// The pairs; which is next to be overwritten is `next`.
     pub pairs: [Pair; PAIRS],
-    /// Counts up.
+    /// Counts up with every use of any.
+    pub uses: u32,
+    /// Counts up with every new pair.
     pub next: u32,
-    /// Always 0.
-    pub pad: u32,
 }
 
 /// Where a socket of the node wants to send to.
@@ -72,15 +72,10 @@ pub fn translate<T: Tables>(ends: &mut Ends, hash: u32, connects: bool, pairs: &
         (ends.addr, ends.port) = (addr, port);
         return Reason::Established;
     }
-    // The address that the packet will have is not chosen yet: the node's, whichever it is.
-    let question = Question {
-        src: ends.addr.unspecified(),
-        dst: ends.addr,
-        dport: ends.port,
-        proto: ends.proto,
-        from_node: true,
-        device: 0,
-    };
+    // The source is not chosen yet. That it is the node is said beside; and where source ranges are asked, they hold the
+    // address itself if they hold the node (`kube-proxy.md` §3, step 1).
+    let question =
+        Question { src: ends.addr, dst: ends.addr, dport: ends.port, proto: ends.proto, from_node: true, device: 0 };
     match decide(&question, hash, tables) {
         Decision::Forward(choice) => {
             let pair = Pair {
@@ -90,7 +85,7 @@ pub fn translate<T: Tables>(ends: &mut Ends, hash: u32, connects: bool, pairs: &
                 endpoint_port: choice.endpoint.port,
                 endpoint_id: choice.id,
                 generation: choice.endpoint.generation,
-                used: 1,
+                used: 0,
             };
             remember(pair, pairs);
             (ends.addr, ends.port) = (choice.endpoint.addr, choice.endpoint.port);
@@ -101,16 +96,20 @@ pub fn translate<T: Tables>(ends: &mut Ends, hash: u32, connects: bool, pairs: &
 }
 
 #[inline(always)]
-fn remembered<T: Tables>(ends: &Ends, pairs: &Pairs, tables: &T) -> Option<(Addr, Port)> {
+fn remembered<T: Tables>(ends: &Ends, pairs: &mut Pairs, tables: &T) -> Option<(Addr, Port)> {
+    let uses = pairs.uses.wrapping_add(1);
     let mut i = 0;
     while i < PAIRS {
-        let pair = &pairs.pairs[i];
+        let pair = &mut pairs.pairs[i];
         if pair.used != 0
             && pair.frontend_port.be == ends.port.be
             && pair.frontend.same(&ends.addr)
             && tables.endpoint(pair.endpoint_id).is_some_and(|endpoint| endpoint.serves(pair.generation))
         {
-            return Some((pair.endpoint, pair.endpoint_port));
+            pair.used = uses;
+            let found = (pair.endpoint, pair.endpoint_port);
+            pairs.uses = uses;
+            return Some(found);
         }
         i += 1;
     }
@@ -120,6 +119,8 @@ fn remembered<T: Tables>(ends: &Ends, pairs: &Pairs, tables: &T) -> Option<(Addr
 /// Takes the place of the same frontend, else of the oldest pair.
 #[inline(always)]
 fn remember(pair: Pair, pairs: &mut Pairs) {
+    pairs.uses = pairs.uses.wrapping_add(1);
+    let pair = Pair { used: pairs.uses, ..pair };
     let mut i = 0;
     while i < PAIRS {
         let old = &mut pairs.pairs[i];
@@ -135,22 +136,146 @@ fn remember(pair: Pair, pairs: &mut Pairs) {
     pairs.next = pairs.next.wrapping_add(1);
 }
 
-/// The frontend that an endpoint stands for, to this socket.
+/// The frontend that an endpoint stands for, to this socket: where two have the same endpoint, the one used last.
 #[inline(always)]
 #[must_use]
 pub fn restore(addr: &Addr, port: Port, pairs: &Pairs) -> Option<(Addr, Port)> {
+    let mut found = None;
+    let mut latest = 0;
     let mut i = 0;
     while i < PAIRS {
         let pair = &pairs.pairs[i];
-        if pair.used != 0 && pair.endpoint_port.be == port.be && pair.endpoint.same(addr) {
-            return Some((pair.frontend, pair.frontend_port));
+        if pair.used > latest && pair.endpoint_port.be == port.be && pair.endpoint.same(addr) {
+            latest = pair.used;
+            found = Some((pair.frontend, pair.frontend_port));
         }
         i += 1;
     }
-    None
+    found
 }
 
 const _: () = {
     assert!(size_of::<Pair>() == 48);
     assert!(size_of::<Pairs>() == 48 * PAIRS + 8);
 };
+
+#[cfg(test)]
+mod tests {
+    use core::net::SocketAddr;
+
+    use super::*;
+    use crate::{
+        layout::{
+            Endpoint, Frontend, FrontendKey, PrefixKey, Range, bit_index, endpoint_flags, frontend_flags, protocol,
+        },
+        memory::Memory,
+    };
+
+    const NEW: Pairs = Pairs {
+        pairs: [Pair {
+            frontend: Addr::UNSPECIFIED_V6,
+            endpoint: Addr::UNSPECIFIED_V6,
+            frontend_port: Port::ZERO,
+            endpoint_port: Port::ZERO,
+            endpoint_id: 0,
+            generation: 0,
+            used: 0,
+        }; PAIRS],
+        uses: 0,
+        next: 0,
+    };
+
+    fn ends(text: &str) -> Ends {
+        let addr: SocketAddr = text.parse().unwrap();
+        Ends { addr: addr.ip().into(), port: Port::new(addr.port()), proto: protocol::UDP }
+    }
+
+    /// A frontend with endpoints of consecutive ids.
+    fn add(memory: &mut Memory, id: u32, frontend: &str, endpoints: &[&str], flags: u32) {
+        let Ends { addr, port, proto } = ends(frontend);
+        for (i, endpoint) in (id..).zip(endpoints) {
+            let Ends { addr, port, .. } = ends(endpoint);
+            let value = Endpoint { addr, port, flags: endpoint_flags::SERVING, service: id, generation: 1 };
+            memory.endpoints.insert(i, value);
+            memory.slots.insert(i, i);
+        }
+        let range = Range { offset: id, len: endpoints.len() as u32 };
+        let value = Frontend { internal: range, external: range, service: id, flags };
+        memory.frontends.insert(FrontendKey::new(addr, port, proto), value);
+        memory.frontend_bits.insert(bit_index(&addr, port));
+    }
+
+    fn send(memory: &Memory, pairs: &mut Pairs, to: &str, hash: u32) -> (Ends, Reason) {
+        let mut ends = ends(to);
+        let reason = translate(&mut ends, hash, false, pairs, memory);
+        (ends, reason)
+    }
+
+    #[test]
+    fn a_datagram_stays_with_its_endpoint_until_that_goes() {
+        for [service, one, two] in
+            [["10.96.0.10:53", "10.244.1.1:53", "10.244.1.2:53"], ["[fd00:96::10]:53", "[fd00::1]:53", "[fd00::2]:53"]]
+        {
+            let mut memory = Memory::default();
+            add(&mut memory, 1, service, &[one, two], 0);
+            let mut pairs = NEW;
+            assert_eq!(send(&memory, &mut pairs, service, 0), (ends(one), Reason::NewFlow));
+            assert_eq!(send(&memory, &mut pairs, service, 1), (ends(one), Reason::Established));
+            memory.endpoints.get_mut(&1).unwrap().flags = 0;
+            assert_eq!(send(&memory, &mut pairs, service, 1), (ends(two), Reason::NewFlow));
+            let frontend = ends(service);
+            assert_eq!(restore(&ends(two).addr, ends(two).port, &pairs), Some((frontend.addr, frontend.port)));
+            assert_eq!(restore(&ends(one).addr, ends(one).port, &pairs), None, "forgotten with its endpoint");
+        }
+    }
+
+    #[test]
+    fn every_connect_chooses_anew() {
+        let mut memory = Memory::default();
+        add(&mut memory, 1, "10.96.0.10:53", &["10.244.1.1:53", "10.244.1.2:53"], 0);
+        let mut pairs = NEW;
+        for (hash, endpoint) in [(0, "10.244.1.1:53"), (1, "10.244.1.2:53"), (2, "10.244.1.1:53")] {
+            let mut found = ends("10.96.0.10:53");
+            assert_eq!(translate(&mut found, hash, true, &mut pairs, &memory), Reason::NewFlow);
+            assert_eq!(found, ends(endpoint));
+        }
+    }
+
+    #[test]
+    fn the_pair_used_last_names_the_frontend_and_the_oldest_is_overwritten() {
+        let mut memory = Memory::default();
+        add(&mut memory, 1, "10.96.0.1:53", &["10.244.1.1:53"], 0);
+        add(&mut memory, 2, "10.96.0.2:53", &["10.244.1.1:53"], 0);
+        let mut pairs = NEW;
+        let endpoint = ends("10.244.1.1:53");
+        for to in ["10.96.0.1:53", "10.96.0.2:53", "10.96.0.1:53"] {
+            send(&memory, &mut pairs, to, 0);
+            assert_eq!(restore(&endpoint.addr, endpoint.port, &pairs), Some((ends(to).addr, ends(to).port)));
+        }
+        for i in 10..10 + PAIRS as u32 {
+            let to = format!("10.96.1.{i}:53");
+            add(&mut memory, i, &to, &[&format!("10.244.2.{i}:53")], 0);
+            send(&memory, &mut pairs, &to, 0);
+        }
+        assert_eq!(restore(&endpoint.addr, endpoint.port, &pairs), None);
+        let first = ends("10.244.2.10:53");
+        assert_eq!(restore(&first.addr, first.port, &pairs), Some((ends("10.96.1.10:53").addr, Port::new(53))));
+    }
+
+    #[test]
+    fn a_socket_is_refused_left_alone_or_let_through_as_its_packet_would_be() {
+        let vip: Addr = ends("1.2.3.4:53").addr;
+        for (name, endpoints, flags, range, expected) in [
+            ("no endpoints", &[][..], 0, None, Reason::NoEndpoints),
+            ("none here", &[], frontend_flags::INTERNAL_DROP, None, Reason::NoLocalEndpoints),
+            ("not in the ranges", &["10.244.1.1:53"], frontend_flags::SOURCE_RANGES, None, Reason::SourceRange),
+            ("the node is", &["10.244.1.1:53"], frontend_flags::SOURCE_RANGES, Some(vip), Reason::NewFlow),
+        ] {
+            let mut memory = Memory::default();
+            add(&mut memory, 1, "1.2.3.4:53", endpoints, flags);
+            memory.source_ranges.extend(range.map(|addr| PrefixKey::host(1, addr)));
+            assert_eq!(send(&memory, &mut NEW.clone(), "1.2.3.4:53", 0).1, expected, "{name}");
+        }
+        assert_eq!(send(&Memory::default(), &mut NEW.clone(), "1.2.3.4:53", 0).1, Reason::NotService);
+    }
+}

@@ -12,7 +12,7 @@ use std::{
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 use lb_common::{
     addr::Addr,
     layout::{frontend_flags, node_flags},
@@ -80,9 +80,9 @@ pub async fn run(options: Options) -> Result<()> {
                 agent.see_devices(&snapshot);
             }
             update = source.next() => match update {
-                Some(update) if update.first => agent.begin(update, watch.snapshot()),
+                Some(update) if update.first => agent.begin(update, watch.snapshot())?,
                 Some(update) => agent.take(update),
-                None => anyhow::bail!("the folder of manifests can't be watched any more"),
+                None => bail!("the folder of manifests can't be watched any more"),
             },
             (question, answer) = door.next() => answer.send(agent.answer(question)),
             () = sleep_until(agent.alarm) => agent.wake(),
@@ -154,15 +154,24 @@ impl Agent {
     }
 
     /// Takes in the source's first list, writes the difference to what is pinned, and attaches.
-    fn begin(&mut self, update: Update, snapshot: &Snapshot) {
+    ///
+    /// # Errors
+    ///
+    /// When the kernel has no tables for us, or refuses the programs: trying again would not help.
+    fn begin(&mut self, update: Update, snapshot: &Snapshot) -> Result<()> {
         self.take_in(update);
         self.begun = true;
         self.see_devices(snapshot);
+        if let Some(text) = self.failed.as_ref().filter(|_| !self.kernel.has_tables()) {
+            bail!("{text}");
+        }
         let now = self.now();
         let writes = self.pipeline.sweep(now);
         self.write(&writes);
         self.attach_sockets();
         self.report.ready = self.failed.is_none();
+        // The first list takes much more than what stays of it, and never comes again.
+        kernel::release_memory();
         info!(
             services = self.pipeline.model().count(Kind::Service),
             frontends = self.pipeline.image().memory().frontends.len(),
@@ -170,6 +179,7 @@ impl Agent {
             milliseconds = self.start.elapsed().as_millis() as u64,
             "ready"
         );
+        Ok(())
     }
 
     fn attach_sockets(&mut self) {
@@ -344,6 +354,7 @@ impl Agent {
         let statistics = self.kernel.statistics();
         report.bpf_calls = statistics.calls;
         report.entries_written = statistics.entries;
+        report.bytes_written = statistics.bytes;
         report
     }
 

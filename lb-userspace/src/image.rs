@@ -84,7 +84,8 @@ struct Writes {
     slots: Vec<Write>,
     services: Vec<Write>,
     source_ranges: Vec<Write>,
-    bits: Vec<Write>,
+    endpoint_bits: Vec<Write>,
+    frontend_bits: Vec<Write>,
     frontends: Vec<Write>,
     removed_frontends: Vec<Write>,
     removed: Vec<Write>,
@@ -92,8 +93,20 @@ struct Writes {
 
 impl Writes {
     fn into_list(self) -> Vec<Write> {
-        let Self { endpoints, slots, services, source_ranges, bits, frontends, removed_frontends, removed } = self;
-        [endpoints, slots, services, source_ranges, bits, frontends, removed_frontends, removed].concat()
+        let mut list = self.endpoints;
+        for more in [
+            self.slots,
+            self.services,
+            self.source_ranges,
+            self.endpoint_bits,
+            self.frontend_bits,
+            self.frontends,
+            self.removed_frontends,
+            self.removed,
+        ] {
+            list.extend(more);
+        }
+        list
     }
 }
 
@@ -273,7 +286,7 @@ impl Image {
             }
         }
         if !memory.endpoint_bits.contains(&bit) {
-            put(memory, &mut writes.bits, Write::EndpointBit(bit));
+            put(memory, &mut writes.endpoint_bits, Write::EndpointBit(bit));
         }
         id
     }
@@ -292,7 +305,7 @@ impl Image {
     fn write_frontend(&mut self, key: FrontendKey, frontend: Frontend, writes: &mut Writes) {
         let bit = bit_index(&key.addr, key.port);
         if !self.memory.frontend_bits.contains(&bit) {
-            put(&mut self.memory, &mut writes.bits, Write::FrontendBit(bit));
+            put(&mut self.memory, &mut writes.frontend_bits, Write::FrontendBit(bit));
         }
         let old = self.memory.frontends.get(&key);
         if old.is_none() {

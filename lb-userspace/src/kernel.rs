@@ -19,10 +19,11 @@ use anyhow::{Context as _, Result, bail};
 use lb_common::{layout::bit_index, memory::Memory};
 use tracing::{info, warn};
 
+pub use self::sys::release_memory;
 use self::{
     folder::Folder,
     links::{Attached, Cgroup, Links, Port},
-    object::{Capacity, Programs, Table},
+    object::{Capacity, Constants, Programs, Table},
     tables::{Statistics, Stopped, Store},
 };
 use crate::image::Write;
@@ -86,14 +87,44 @@ impl Default for Options {
     }
 }
 
+/// One generation of tables, and programs that use it.
+#[derive(Debug)]
+struct Tables {
+    generation: u64,
+    store: Store,
+    programs: Programs,
+}
+
+impl Tables {
+    /// Makes the first generation, with room for these writes.
+    fn create(folder: &Folder, constants: &Constants, options: &Options, writes: &[Write]) -> Result<Self> {
+        let dir = folder.unfinished(1);
+        make_dir(&dir)?;
+        let programs = Programs::load(&dir, &folder.flows(), &tables::capacity(writes), constants, options)?;
+        finish(folder, 1)?;
+        Ok(Self { generation: 1, store: Store::open(&folder.generation(1), Statistics::default())?, programs })
+    }
+
+    /// Adopts what is pinned.
+    fn adopt(folder: &Folder, constants: &Constants, options: &Options, generation: u64) -> Result<Self> {
+        let dir = folder.generation(generation);
+        for table in Table::ALL {
+            // Says what is wrong before the loader would take the map unseen.
+            object::open_table(&dir, table)?;
+        }
+        let programs = Programs::load(&dir, &folder.flows(), &Capacity::default(), constants, options)?;
+        Ok(Self { generation, store: Store::open(&dir, Statistics::default())?, programs })
+    }
+}
+
 /// The kernel as the agent writes to it.
 #[derive(Debug)]
 pub struct Kernel {
     options: Options,
     folder: Folder,
-    generation: u64,
-    store: Store,
-    programs: Programs,
+    constants: Constants,
+    /// None until something is written or attached: what is written first says how large they must be.
+    tables: Option<Tables>,
     links: Links,
     cgroup: Option<Cgroup>,
     /// What programs are attached to, as this process did it.
@@ -105,7 +136,8 @@ pub struct Kernel {
 }
 
 impl Kernel {
-    /// Adopts what is pinned, or creates it. Nothing is cleared, and nothing is attached that was not.
+    /// Adopts what is pinned. Nothing is cleared, nothing is attached that was not, and where nothing is pinned, nothing is
+    /// made yet.
     pub fn open(options: Options) -> Result<Self> {
         let folder = Folder::open(&options.bpffs)?;
         for name in folder::names(&folder.maps())? {
@@ -125,33 +157,18 @@ impl Kernel {
                 );
             }
         }
+        let constants = Constants::new(&options)?;
         let generations = folder.generations()?;
-        let (generation, programs) = match generations.last() {
-            Some(&generation) => {
-                let dir = folder.generation(generation);
-                for table in Table::ALL {
-                    // Says what is wrong before the loader would take the map unseen.
-                    object::open_table(&dir, table)?;
-                }
-                let programs = Programs::load(&dir, &folder.flows(), &Capacity::default(), &options)?;
-                (generation, programs)
-            }
-            None => {
-                let dir = folder.unfinished(1);
-                make_dir(&dir)?;
-                let programs = Programs::load(&dir, &folder.flows(), &Capacity::default(), &options)?;
-                finish(&folder, 1)?;
-                (1, programs)
-            }
+        let tables = match generations.last() {
+            Some(&generation) => Some(Tables::adopt(&folder, &constants, &options, generation)?),
+            None => None,
         };
-        let store = Store::open(&folder.generation(generation), Statistics::default())?;
         let links = Links::new(folder.links(), options.attach);
         let mut kernel = Self {
             options,
             folder,
-            generation,
-            store,
-            programs,
+            constants,
+            tables,
             links,
             cgroup: None,
             ports: Vec::new(),
@@ -173,9 +190,14 @@ impl Kernel {
         Ok(())
     }
 
+    /// Whether there are tables to write to.
+    pub fn has_tables(&self) -> bool {
+        self.tables.is_some()
+    }
+
     /// What is in the tables.
     pub fn memory(&self) -> Result<Memory> {
-        self.store.read()
+        self.tables.as_ref().map_or_else(|| Ok(Memory::default()), |tables| tables.store.read())
     }
 
     /// The bits of frontends and endpoints that flows name.
@@ -191,19 +213,19 @@ impl Kernel {
 
     /// What writing has cost so far.
     pub fn statistics(&self) -> Statistics {
-        self.store.statistics()
+        self.tables.as_ref().map(|tables| tables.store.statistics()).unwrap_or_default()
     }
 
     /// How many entries a table has room for.
     pub fn room(&self, table: Table) -> u32 {
-        self.store.room(table)
+        self.tables.as_ref().map_or(0, |tables| tables.store.room(table))
     }
 
-    /// Does the writes in order. Tables grow where they must.
+    /// Does the writes in order. Tables are made if there are none, and grow where they must.
     pub fn apply(&mut self, writes: &[Write]) -> Result<()> {
         let mut rest = writes;
         loop {
-            match self.store.apply(rest) {
+            match self.tables_for(rest)?.store.apply(rest) {
                 Ok(()) => return Ok(()),
                 Err(Stopped::Failed(error)) => return Err(error),
                 Err(Stopped::Full(table, index)) => {
@@ -214,21 +236,36 @@ impl Kernel {
         }
     }
 
+    /// The tables; made with room for these writes if there are none.
+    fn tables_for(&mut self, writes: &[Write]) -> Result<&mut Tables> {
+        match self.tables {
+            Some(ref mut tables) => Ok(tables),
+            None => {
+                let tables = Tables::create(&self.folder, &self.constants, &self.options, writes)?;
+                Ok(self.tables.insert(tables))
+            }
+        }
+    }
+
     /// Makes a larger generation of the tables, complete before the first program uses it.
     fn grow(&mut self, full: Table, writes: &[Write]) -> Result<()> {
-        let memory = self.store.read()?;
+        let Self { folder, constants, options, tables, links, cgroup, ports, sockets, wanted_ports: _ } = self;
+        let tables = tables.as_mut().context("there are no tables")?;
+        let old = &tables.store;
+        let memory = old.read()?;
         let mut after = memory.clone();
         tables::add_to(&mut after, writes);
         let capacity = Capacity::of(&after);
+        drop(after);
         let larger: Vec<Table> = Table::ALL
             .into_iter()
-            .filter(|table| *table == full || capacity.needs(*table) > self.store.room(*table))
+            .filter(|table| *table == full || capacity.needs(*table) > old.room(*table))
             .collect();
-        if capacity.entries(full) <= self.store.room(full) {
-            bail!("map {} is full at {} entries and can't grow", full.name(), self.store.room(full));
+        if capacity.entries(full) <= old.room(full) {
+            bail!("map {} is full at {} entries and can't grow", full.name(), old.room(full));
         }
-        let next = self.generation + 1;
-        let dir = self.folder.unfinished(next);
+        let next = tables.generation + 1;
+        let dir = folder.unfinished(next);
         if dir.exists() {
             // An attempt that failed half-way.
             object::remove_generation(&dir)?;
@@ -237,11 +274,11 @@ impl Kernel {
         for table in Table::ALL {
             if !larger.contains(&table) {
                 let path = dir.join(table.name());
-                sys::pin(self.store.fd(table)?, &path).with_context(|| format!("cannot pin {}", path.display()))?;
+                sys::pin(old.fd(table)?, &path).with_context(|| format!("cannot pin {}", path.display()))?;
             }
         }
-        let mut programs = Programs::load(&dir, &self.folder.flows(), &capacity, &self.options)?;
-        let statistics = self.store.statistics();
+        let mut programs = Programs::load(&dir, &folder.flows(), &capacity, constants, options)?;
+        let statistics = old.statistics();
         let mut store = Store::open(&dir, Statistics { growths: statistics.growths + 1, ..statistics })?;
         for table in &larger {
             match store.apply(&tables::fill(&memory, *table)) {
@@ -250,8 +287,8 @@ impl Kernel {
                 Err(Stopped::Full(table, _)) => bail!("the larger map {} is full", table.name()),
             }
         }
-        finish(&self.folder, next)?;
-        self.ports.retain(|port| match self.links.attach(&mut programs, port) {
+        finish(folder, next)?;
+        ports.retain(|port| match links.attach(&mut programs, port) {
             Ok(()) => true,
             Err(error) => {
                 warn!(
@@ -262,17 +299,15 @@ impl Kernel {
                 false
             }
         });
-        if let Some(cgroup) = self.cgroup.as_ref()
-            && self.sockets
-            && let Err(error) = self.links.attach_sockets(&mut programs, cgroup.fd.as_fd())
+        if let Some(cgroup) = cgroup.as_ref()
+            && *sockets
+            && let Err(error) = links.attach_sockets(&mut programs, cgroup.fd.as_fd())
         {
             warn!(error = format!("{error:#}"), "sockets keep their programs until they are attached to again");
-            self.sockets = false;
+            *sockets = false;
         }
         info!(table = full.name(), generation = next, room = store.room(full), "tables have grown");
-        self.store = store;
-        self.programs = programs;
-        self.generation = next;
+        *tables = Tables { generation: next, store, programs };
         // Links that this process has not attached yet still run programs of the old maps.
         self.remove_old_generations()?;
         Ok(())
@@ -286,11 +321,12 @@ impl Kernel {
 
     /// Removes the generations that no program uses any more.
     fn remove_old_generations(&self) -> Result<()> {
+        let Some(current) = self.tables.as_ref().map(|tables| tables.generation) else { return Ok(()) };
         if self.is_adopting()? {
             return Ok(());
         }
         for generation in self.folder.generations()? {
-            if generation < self.generation {
+            if generation < current {
                 object::remove_generation(&self.folder.generation(generation))?;
             }
         }
@@ -315,7 +351,9 @@ impl Kernel {
         self.ports.retain(|port| ports.contains(port));
         for port in ports {
             if !self.ports.contains(port) {
-                match self.links.attach(&mut self.programs, port) {
+                self.tables_for(&[])?;
+                let Some(tables) = &mut self.tables else { continue };
+                match self.links.attach(&mut tables.programs, port) {
                     Ok(()) => self.ports.push(port.clone()),
                     Err(error) => failed.push(error),
                 }
@@ -330,12 +368,13 @@ impl Kernel {
 
     /// Attaches the socket programs, or detaches them where they are off.
     pub fn attach_sockets(&mut self) -> Result<()> {
-        match &self.cgroup {
-            Some(cgroup) => self
+        self.tables_for(&[])?;
+        match (&self.cgroup, &mut self.tables) {
+            (Some(cgroup), Some(tables)) => self
                 .links
-                .attach_sockets(&mut self.programs, cgroup.fd.as_fd())
+                .attach_sockets(&mut tables.programs, cgroup.fd.as_fd())
                 .with_context(|| format!("cgroup {}", cgroup.path.display()))?,
-            None => self.links.detach_sockets()?,
+            (None, _) | (_, None) => self.links.detach_sockets()?,
         }
         self.sockets = true;
         self.remove_old_generations()

@@ -36,6 +36,9 @@ pub struct Report {
     pub bpf_calls: u64,
     /// Entries set or removed.
     pub entries_written: u64,
+    /// Bytes of their keys and values.
+    #[serde(default)]
+    pub bytes_written: u64,
     /// What the source can't use.
     #[serde(skip)]
     pub source_problems: Vec<Problem>,

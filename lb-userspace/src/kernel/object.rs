@@ -5,7 +5,7 @@
 
 use std::{collections::BTreeMap, fs, io, os::fd::AsFd as _, os::fd::OwnedFd, path::Path, thread, time::Instant};
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, anyhow, bail};
 use aya::{
     Ebpf, EbpfLoader,
     programs::{CgroupSockAddr, ProgramError, ProgramInfo, SchedClassifier},
@@ -177,6 +177,12 @@ impl Capacity {
         ]))
     }
 
+    /// Makes it at least this large for a table.
+    pub fn require(&mut self, table: Table, entries: u32) {
+        let needs = self.0.entry(table).or_default();
+        *needs = entries.max(*needs);
+    }
+
     /// Entries that a table needs.
     pub fn needs(&self, table: Table) -> u32 {
         self.0.get(&table).copied().unwrap_or(0)
@@ -245,24 +251,37 @@ impl Programs {
     }
 
     /// Loads the programs twice, for devices with and without Ethernet header, and creates the maps that are not pinned yet.
-    pub fn load(generation: &Path, flows: &Path, capacity: &Capacity, options: &Options) -> Result<Self> {
-        let constants = Constants::new(options)?;
+    pub fn load(
+        generation: &Path,
+        flows: &Path,
+        capacity: &Capacity,
+        constants: &Constants,
+        options: &Options,
+    ) -> Result<Self> {
         create_services(generation, capacity)?;
-        let ethernet = load(14, &constants, generation, flows, capacity, options)?;
-        let bare = load(0, &constants, generation, flows, capacity, options)?;
+        let mut ethernet = relocate(14, constants, generation, flows, capacity, options)?;
+        let mut bare = relocate(0, constants, generation, flows, capacity, options)?;
+        // Most of the time of a start is the verifier's.
+        thread::scope(|scope| {
+            let verified = scope.spawn(|| verify(&mut bare, false));
+            verify(&mut ethernet, true)?;
+            verified.join().map_err(|_| anyhow!("loading programs panicked"))?
+        })?;
         Ok(Self { ethernet, bare })
     }
 }
 
 /// What the programs are told once and for all.
-struct Constants {
+#[derive(Debug)]
+pub struct Constants {
     netns_cookie: u64,
     checksum_flag: u64,
     socket_lb_all: u32,
 }
 
 impl Constants {
-    fn new(options: &Options) -> Result<Self> {
+    /// What the kernel and the operator say.
+    pub fn new(options: &Options) -> Result<Self> {
         Ok(Self {
             netns_cookie: sys::netns_cookie()
                 .context("cannot read the network namespace's cookie (SO_NETNS_COOKIE, Linux 5.14)")?,
@@ -273,7 +292,8 @@ impl Constants {
     }
 }
 
-fn load(
+/// Creates the maps that are not pinned yet, and makes programs that name them.
+fn relocate(
     link_header: u32,
     constants: &Constants,
     generation: &Path,
@@ -295,7 +315,7 @@ fn load(
         }
         loader.map_pin_path(name, flows.join(name));
     }
-    let mut object = loader
+    loader
         .override_global("LINK_HEADER", &link_header, true)
         .override_global("NETNS_COOKIE", &constants.netns_cookie, true)
         .override_global("SOCKET_LB_ALL", &constants.socket_lb_all, true)
@@ -303,15 +323,19 @@ fn load(
         .override_global("MASQUERADE_FIRST", &options.masquerade_first, true)
         .override_global("MASQUERADE_PORTS", &options.masquerade_ports, true)
         .load(OBJECT)
-        .context("cannot load the BPF object")?;
+        .context("cannot load the BPF object")
+}
+
+/// Gives the programs to the kernel; those for sockets once, with the set for devices with Ethernet header.
+fn verify(object: &mut Ebpf, ethernet: bool) -> Result<()> {
     for name in ["ingress", "egress"] {
         let program = object.program_mut(name).with_context(|| format!("no program {name} in the object"))?;
         let program: &mut SchedClassifier = program.try_into()?;
         let start = Instant::now();
         program.load().map_err(|error| explain(name, error))?;
-        loaded(name, link_header > 0, program.info(), start);
+        loaded(name, ethernet, program.info(), start);
     }
-    if link_header > 0 {
+    if ethernet {
         for (name, _) in SOCKET_HOOKS {
             let program = object.program_mut(name).with_context(|| format!("no program {name} in the object"))?;
             let program: &mut CgroupSockAddr = program.try_into()?;
@@ -320,7 +344,7 @@ fn load(
             loaded(name, true, program.info(), start);
         }
     }
-    Ok(object)
+    Ok(())
 }
 
 /// What the verifier had to do; for people who look after the programs.

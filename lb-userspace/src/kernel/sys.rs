@@ -112,6 +112,13 @@ pub fn value_of<T: Pod>(bytes: &[u8]) -> T {
     unsafe { bytes.as_ptr().cast::<T>().read_unaligned() }
 }
 
+/// Gives free memory back to the system, where the C library is one that keeps it.
+pub fn release_memory() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: takes a number; whatever is in use stays.
+    let _ = unsafe { libc::malloc_trim(0) };
+}
+
 fn path_of(path: &Path) -> io::Result<CString> {
     Ok(CString::new(path.as_os_str().as_bytes())?)
 }

@@ -13,7 +13,7 @@ use lb_common::{
 };
 
 use super::{
-    object::{Table, open_table},
+    object::{Capacity, Table, open_table},
     pinned::{self, Fill},
     sys::{self, Map, bytes_of, map_type, value_of},
 };
@@ -26,6 +26,8 @@ pub struct Statistics {
     pub calls: u64,
     /// Entries set or removed.
     pub entries: u64,
+    /// Bytes of their keys and values.
+    pub bytes: u64,
     /// How often tables grew.
     pub growths: u64,
 }
@@ -121,11 +123,12 @@ impl Store {
         self.statistics.get()
     }
 
-    fn count(&self, calls: u64, entries: usize) {
+    fn count(&self, calls: u64, entries: usize, bytes: usize) {
         let before = self.statistics.get();
         self.statistics.set(Statistics {
             calls: before.calls + calls,
             entries: before.entries + entries as u64,
+            bytes: before.bytes + bytes as u64,
             ..before
         });
     }
@@ -207,7 +210,8 @@ impl Store {
                     (usize::from(result.is_ok()), result)
                 }
             };
-            self.count(1, count);
+            let size = key_size + if run.removes { 0 } else { value_size };
+            self.count(1, count, count * size);
             done += count;
             match result {
                 Ok(()) => {}
@@ -233,7 +237,7 @@ impl Store {
             .map(table)?
             .read(|key, value| each(value_of(key), value_of(value)))
             .with_context(|| format!("cannot read map {}", table.name()))?;
-        self.count(calls, 0);
+        self.count(calls, 0, 0);
         Ok(())
     }
 
@@ -301,6 +305,25 @@ const fn place(write: &Write) -> (Table, bool) {
 /// Does to memory what the writes add, and nothing of what they remove: the most that the tables must hold meanwhile.
 pub fn add_to(memory: &mut Memory, writes: &[Write]) {
     writes.iter().filter(|write| !place(write).1).for_each(|write| write.apply(memory));
+}
+
+/// What empty tables need to take these writes.
+pub fn capacity(writes: &[Write]) -> Capacity {
+    let mut capacity = Capacity::default();
+    for write in writes {
+        let (table, removes) = place(write);
+        let entries = if let Write::Endpoint(id, _) = write {
+            id.saturating_add(1)
+        } else if let Write::Slots(first, ids) = write {
+            first.saturating_add(u32::try_from(ids.len()).unwrap_or(u32::MAX))
+        } else if removes {
+            0
+        } else {
+            capacity.needs(table).saturating_add(1)
+        };
+        capacity.require(table, entries);
+    }
+    capacity
 }
 
 /// The writes that fill one empty table with what memory holds.

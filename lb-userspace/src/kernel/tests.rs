@@ -65,6 +65,13 @@ impl Drop for Lab {
     }
 }
 
+impl Kernel {
+    fn take_programs(&mut self) -> Programs {
+        self.tables_for(&[]).unwrap();
+        self.tables.take().unwrap().programs
+    }
+}
+
 /// Runs a test in a network namespace of its own, on a thread of its own.
 fn lab(test: impl FnOnce(&mut Lab) + Send + 'static) {
     let result = thread::spawn(move || {

@@ -53,7 +53,9 @@ fn a_second_agent_is_told_who_has_the_folder() {
 #[test]
 fn a_map_of_another_shape_is_refused_with_a_remedy() {
     lab(|lab| {
-        drop(lab.open());
+        let mut kernel = lab.open();
+        kernel.attach_sockets().unwrap();
+        drop(kernel);
         let path = lab.bpffs().join("v1/maps/1/DEVICES");
         fs::remove_file(&path).unwrap();
         let shape = sys::MapShape {

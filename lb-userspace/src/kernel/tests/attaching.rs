@@ -44,8 +44,7 @@ fn ours_is_first_on_the_way_in_and_last_on_the_way_out() {
 impl Programs {
     /// Programs of someone else.
     fn load_for_test(lab: &Lab) -> Self {
-        let kernel = lab.open();
-        kernel.programs
+        lab.open().take_programs()
     }
 }
 

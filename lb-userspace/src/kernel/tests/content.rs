@@ -1,5 +1,7 @@
 //! What is written is what is read.
 
+use std::{net::Ipv4Addr, sync::mpsc};
+
 use lb_common::{
     addr::{Addr, Port as Number},
     flow::{Flow, FlowKey, Kind},
@@ -7,7 +9,13 @@ use lb_common::{
 };
 
 use super::*;
-use crate::kernel::{pinned::Pinned, sys::bytes_of};
+use crate::{
+    image::Image,
+    kernel::{pinned::Pinned, sys::bytes_of},
+    model::{Change, Interner, Object, PodState},
+    pipeline::Pipeline,
+    plan::node::NodeOptions,
+};
 
 fn addr(number: u32) -> Addr {
     Addr::from_v4_word((0x0a00_0000 + number).to_be())
@@ -124,6 +132,68 @@ fn one_write_costs_one_call_however_much_there_is() {
         kernel.apply(&writes).unwrap();
         assert_eq!(kernel.statistics().calls - before, 1, "neighbours of one kind are a batch");
     });
+}
+
+#[test]
+fn tables_are_made_as_large_as_the_first_writes_need() {
+    lab(|lab| {
+        let mut kernel = lab.open();
+        assert_eq!(kernel.memory().unwrap(), Memory::default());
+        assert!(!kernel.has_tables());
+        let writes: Vec<_> = (0..3000).map(frontend).chain([Write::Endpoint(2999, endpoint(1))]).collect();
+        kernel.apply(&writes).unwrap();
+        assert_eq!(kernel.statistics().growths, 0);
+        assert_eq!(
+            [Table::Frontends, Table::Endpoints, Table::Slots].map(|table| kernel.room(table)),
+            [8192, 8192, 4096]
+        );
+    });
+}
+
+/// What changing the labels of one Pod costs among this many Services: bpf(2) calls, entries, bytes.
+fn cost_of_a_label(lab: &Lab, services: u32) -> (u64, u64, u64) {
+    let mut pipeline = Pipeline::new("node1", NodeOptions::default(), Image::default());
+    let mut interner = Interner::default();
+    let mut pod = |number: u32, app: u32| {
+        let addr = Ipv4Addr::from(0x0a80_0000 + number).to_string();
+        let text = format!(
+            r#"{{"metadata":{{"name":"pod-{number}","labels":{{"app":"app-{app}"}}}},"status":{{"podIP":"{addr}",
+                "conditions":[{{"type":"Ready","status":"True"}}]}}}}"#
+        );
+        let (pod, errors) = PodState::new(&serde_json::from_str(&text).unwrap(), &mut interner);
+        assert_eq!(errors, []);
+        Change::Upsert(Object::Pod(pod))
+    };
+    for service in 0..services {
+        let addr = Ipv4Addr::from(0x0a60_0001 + service).to_string();
+        let text = format!(
+            r#"{{"metadata":{{"name":"service-{service}"}},"spec":{{"clusterIP":"{addr}",
+                "selector":{{"app":"app-{service}"}},"ports":[{{"port":80}}]}}}}"#
+        );
+        pipeline.take(Change::Upsert(Object::Service(serde_json::from_str(&text).unwrap())));
+        for endpoint in 0..2 {
+            pipeline.take(pod(2 * service + endpoint, service));
+        }
+    }
+    let mut kernel = lab.open();
+    kernel.apply(&pipeline.compile(0)).unwrap();
+    assert!(kernel.statistics().calls < 32, "the first list is written in batches: {:?}", kernel.statistics());
+    let before = kernel.statistics();
+    pipeline.take(pod(7, services));
+    kernel.apply(&pipeline.compile(10)).unwrap();
+    let after = kernel.statistics();
+    (after.calls - before.calls, after.entries - before.entries, after.bytes - before.bytes)
+}
+
+#[test]
+fn a_label_costs_the_same_calls_among_few_services_and_many() {
+    let costs = [100, 10_000].map(|services| {
+        let (sender, receiver) = mpsc::channel();
+        lab(move |lab| sender.send(cost_of_a_label(lab, services)).unwrap());
+        receiver.recv().unwrap()
+    });
+    let bytes = size_of::<(u32, u32)>() + size_of::<(FrontendKey, Frontend)>() + size_of::<(u32, Endpoint)>();
+    assert_eq!(costs, [(3, 3, bytes as u64); 2], "a slot, the frontend, the endpoint");
 }
 
 #[test]

@@ -94,8 +94,8 @@ fn a_pair_is_attached_to_when_its_other_end_has_left() {
 #[test]
 fn a_new_device_is_told_and_its_ingress_attached_within_ten_milliseconds() {
     lab(|lab| {
-        let kernel = lab.open();
-        let mut programs = kernel.programs;
+        let mut kernel = lab.open();
+        let mut programs = kernel.take_programs();
         runtime().block_on(async {
             let mut watch = Watch::open().unwrap();
             let mut times = Vec::new();
