@@ -1,0 +1,140 @@
+//! Sockets of the node, and of pods with `--socket-lb=all`: what they are told of their peers, over IPv4, IPv6 and IPv4 through an IPv6
+//! socket.
+
+#![expect(clippy::unwrap_used, reason = "a helper of a test fails as the test does")]
+
+use std::io::ErrorKind;
+use std::net::{IpAddr, SocketAddr, TcpStream, UdpSocket};
+use std::time::Duration;
+
+use tests::cluster::{By, Cluster, KINDS, addressed, one_service_a_kind};
+use tests::manifest::Service;
+use tests::traffic::client::{ask_datagram, ask_on};
+use tests::traffic::socket::{connect_tcp, hear_errors, udp_for};
+use tests::{Client, Topology};
+
+const TIMEOUT: Duration = Duration::from_millis(500);
+
+fn cluster(flags: &[&str]) -> Cluster {
+    Cluster::new(Topology { cni_rules: true, ..Topology::default() }, flags, |lab| {
+        one_service_a_kind(lab);
+        lab.manifests().write("empty.json", addressed(Service::new("empty").selector("app", "nobody"), 20));
+    })
+}
+
+/// The same address for an IPv6 socket.
+fn mapped(to: SocketAddr) -> Option<SocketAddr> {
+    match to.ip() {
+        IpAddr::V4(address) => Some(SocketAddr::new(address.to_ipv6_mapped().into(), to.port())),
+        IpAddr::V6(_) => None,
+    }
+}
+
+/// The addresses of a Service as each kind of socket says them.
+fn ways(by: By, number: u16) -> Vec<SocketAddr> {
+    let addresses = by.addresses(number);
+    addresses.into_iter().chain(addresses.into_iter().filter_map(mapped)).collect()
+}
+
+fn connect(client: &Client, to: SocketAddr) -> std::io::Result<TcpStream> {
+    client.netns().run(|| connect_tcp(None, to, TIMEOUT))
+}
+
+fn udp(client: &Client, to: SocketAddr) -> UdpSocket {
+    client.netns().run(|| udp_for(None, to, TIMEOUT)).unwrap()
+}
+
+/// What is wrong with a socket's view of one frontend.
+fn look(client: &Client, to: SocketAddr, endpoint: &str) -> Result<(), String> {
+    let text = |what: &str, error: std::io::Error| format!("{what}: {error}");
+    let mut stream = connect(client, to).map_err(|error| text("TCP", error))?;
+    let by = ask_on(&mut stream).map_err(|error| text("TCP", error))?.by;
+    let peer = stream.peer_addr().map_err(|error| text("TCP", error))?;
+    if by != endpoint || peer != to {
+        return Err(format!("TCP: {by} answers, getpeername says {peer}"));
+    }
+    let connected = udp(client, to);
+    connected.connect(to).map_err(|error| text("UDP", error))?;
+    let by = ask_datagram(&connected, to).map_err(|error| text("UDP", error))?.by;
+    let peer = connected.peer_addr().map_err(|error| text("UDP", error))?;
+    if by != endpoint || peer != to {
+        return Err(format!("UDP: {by} answers, getpeername says {peer}"));
+    }
+    let free = udp(client, to);
+    for _ in 0..3 {
+        // Also looks at where the answer comes from.
+        let by = ask_datagram(&free, to).map_err(|error| text("UDP, not connected", error))?.by;
+        if by != endpoint {
+            return Err(format!("UDP, not connected: {by} answers"));
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_socket_sees_the_frontend_as_its_peer_whatever_family_it_is_of() {
+    for flags in [&[][..], &["--socket-lb", "all"], &["--socket-lb", "off"]] {
+        let cluster = cluster(flags);
+        let lab = &cluster.lab;
+        let (node, pod) = (lab.host_client(lab.node(1)), lab.client(lab.pod(1, 1)));
+        let mut wrong = Vec::new();
+        for (who, client) in [("the node", node), ("a pod", pod)] {
+            if who == "the node" && flags.contains(&"off") {
+                continue;
+            }
+            for by in By::ALL {
+                for (number, endpoint) in KINDS {
+                    for to in ways(by, number) {
+                        if let Err(error) = look(&client, to, endpoint) {
+                            wrong.push(format!("{flags:?}: {who} by {by:?}, {to}: {error}"));
+                        }
+                    }
+                }
+            }
+        }
+        assert!(wrong.is_empty(), "{} wrong:\n{}", wrong.len(), wrong.join("\n"));
+    }
+}
+
+#[test]
+fn a_socket_is_refused_at_once_whatever_family_it_is_of() {
+    for flags in [&[][..], &["--socket-lb", "all"]] {
+        let cluster = cluster(flags);
+        let lab = &cluster.lab;
+        let mut wrong = Vec::new();
+        for (who, client) in [("the node", lab.host_client(lab.node(1))), ("a pod", lab.client(lab.pod(1, 1)))] {
+            for to in By::ALL.into_iter().flat_map(|by| ways(by, 20)) {
+                let tcp = connect(&client, to).map(drop);
+                let connected = udp(&client, to);
+                let connected = connected.connect(to).and_then(|()| ask_datagram(&connected, to)).map(drop);
+                let free = udp(&client, to);
+                hear_errors(&free).unwrap();
+                if mapped(to).is_none() && to.ip().to_canonical().is_ipv4() {
+                    // IPv4 errors of an IPv6 socket are asked for at both levels.
+                    tests::traffic::socket::set_option(&free, libc::IPPROTO_IP, libc::IP_RECVERR, 1).unwrap();
+                }
+                let free = ask_datagram(&free, to).map(drop);
+                for (what, result) in [("TCP", tcp), ("UDP", connected), ("UDP, not connected", free)] {
+                    match result {
+                        Err(error) if error.kind() == ErrorKind::ConnectionRefused => {}
+                        other => wrong.push(format!("{flags:?}: {who}, {what} {to}: {other:?}")),
+                    }
+                }
+            }
+        }
+        assert!(wrong.is_empty(), "{} wrong:\n{}", wrong.len(), wrong.join("\n"));
+    }
+}
+
+#[test]
+fn a_socket_of_the_node_that_is_left_alone_reaches_what_is_no_service() {
+    let cluster = cluster(&["--socket-lb", "off"]);
+    let lab = &cluster.lab;
+    let node = lab.host_client(lab.node(1));
+    for to in [SocketAddr::from((lab.pod(2, 1).v4, 8080)), SocketAddr::from((lab.pod(2, 1).v6, 8080))] {
+        look(&node, to, "p2-1").unwrap();
+        if let Some(to) = mapped(to) {
+            look(&node, to, "p2-1").unwrap();
+        }
+    }
+}
