@@ -15,7 +15,7 @@ use fairlead::{
         Kernel, Options, SocketLb,
         cleanup::cleanup,
         folder,
-        object::{Capacity, Programs},
+        object::{Capacity, Constants, Programs},
         pinned::Pinned,
     },
     pipeline::Pipeline,
@@ -86,7 +86,8 @@ impl Loaded {
         kernel.apply(&writes).unwrap();
         drop(kernel);
         let (generation, flows, _) = folder::current(&bpffs).unwrap();
-        let programs = Programs::load(&generation, &flows, &Capacity::default(), &options).unwrap();
+        let constants = Constants::new(&options).unwrap();
+        let programs = Programs::load(&generation, &flows, &Capacity::default(), &constants, &options).unwrap();
         let pinned = Pinned::open(&bpffs).unwrap();
         let counters = pinned.counters().unwrap();
         Self { dir, programs, pinned, counters }
