@@ -21,7 +21,7 @@ use tokio::{
     signal::unix::{SignalKind, signal},
     time::{Instant as TokioInstant, sleep_until},
 };
-use tracing::{error, info, warn};
+use tracing::{debug, error, info, warn};
 
 use self::{
     door::{Door, Question},
@@ -153,12 +153,18 @@ impl Agent {
         self.start.elapsed().as_secs()
     }
 
+    fn milliseconds(&self) -> u64 {
+        u64::try_from(self.start.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
+
     /// Takes in the source's first list, writes the difference to what is pinned, and attaches.
     ///
     /// # Errors
     ///
     /// When the kernel has no tables for us, or refuses the programs: trying again would not help.
     fn begin(&mut self, update: Update, snapshot: &Snapshot) -> Result<()> {
+        let changes = update.changes.len();
+        debug!(changes, milliseconds = self.milliseconds(), "the first list is read");
         self.take_in(update);
         self.begun = true;
         self.see_devices(snapshot);
@@ -172,11 +178,14 @@ impl Agent {
         self.report.ready = self.failed.is_none();
         // The first list takes much more than what stays of it, and never comes again.
         kernel::release_memory();
+        if self.failed.is_some() {
+            return Ok(());
+        }
         info!(
             services = self.pipeline.model().count(Kind::Service),
             frontends = self.pipeline.image().memory().frontends.len(),
             devices = self.snapshot.ports().len(),
-            milliseconds = self.start.elapsed().as_millis() as u64,
+            milliseconds = self.milliseconds(),
             "ready"
         );
         Ok(())
@@ -252,7 +261,9 @@ impl Agent {
             self.rows_of = Some(primary.clone());
             writes.extend(self.pipeline.image_mut().set_devices(&rows));
         }
+        debug!(writes = writes.len(), milliseconds = self.milliseconds(), "planned");
         self.write(&writes);
+        debug!(milliseconds = self.milliseconds(), "written");
         if !writes.is_empty() {
             self.report.last_change = Some(LastChange {
                 at: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
