@@ -191,6 +191,15 @@ impl Flow {
         now.wrapping_sub(self.seen).cast_signed() > limit.cast_signed()
     }
 
+    /// Whether two entries are of one connection: the same client end may have been sent to another endpoint meanwhile.
+    #[must_use]
+    #[inline(always)]
+    pub const fn goes_with(&self, other: &Self) -> bool {
+        self.endpoint_id == other.endpoint_id
+            && self.generation == other.generation
+            && self.forwarded_port.be == other.forwarded_port.be
+    }
+
     /// Whether both sides have ended the connection.
     #[must_use]
     #[inline(always)]

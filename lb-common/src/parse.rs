@@ -164,17 +164,9 @@ fn network_v6<P: Packet>(packet: &P, l3: usize, headers: &mut Headers) -> Option
     if version >> 4 != 6 {
         return None;
     }
-    let at = |i: usize| Addr {
-        words: [
-            word(header[i], header[i + 1]),
-            word(header[i + 2], header[i + 3]),
-            word(header[i + 4], header[i + 5]),
-            word(header[i + 6], header[i + 7]),
-        ],
-    };
     *headers = Headers {
-        src: at(4),
-        dst: at(12),
+        src: v6_addr(&header, 4),
+        dst: v6_addr(&header, 12),
         sport: Port::ZERO,
         dport: Port::ZERO,
         proto: next,
@@ -186,6 +178,19 @@ fn network_v6<P: Packet>(packet: &P, l3: usize, headers: &mut Headers) -> Option
         l4: l3.wrapping_add(40),
     };
     if is_extension(next) { skip_extensions(packet, headers) } else { Some(()) }
+}
+
+/// The address that begins at this word of an IPv6 header.
+#[inline(always)]
+pub(crate) const fn v6_addr(header: &[u16; 20], at: usize) -> Addr {
+    Addr {
+        words: [
+            word(header[at], header[at + 1]),
+            word(header[at + 2], header[at + 3]),
+            word(header[at + 4], header[at + 5]),
+            word(header[at + 6], header[at + 7]),
+        ],
+    }
 }
 
 #[inline(always)]

@@ -124,7 +124,9 @@ fn care<S: State>(key: &FlowKey, now: u32, flow: &mut Flow, state: &mut S) {
 #[inline(never)]
 fn keep<S: State>(key: &FlowKey, flow: &Flow, state: &mut S) {
     if let Some(other) = state.flow(key) {
-        other.seen = flow.seen;
+        if other.goes_with(flow) {
+            other.seen = flow.seen;
+        }
         return;
     }
     state.insert_flow(key, flow);
@@ -141,17 +143,19 @@ fn close<S: State>(key: &FlowKey, flow: &mut Flow, state: &mut S) {
         None => return,
     }
     let flow = core::hint::black_box(flow);
-    note_closing(&flow.request_key(key.proto), flow.state, state);
-    note_closing(&flow.forwarded_key(key.proto), flow.state, state);
+    note_closing(&flow.request_key(key.proto), flow, state);
+    note_closing(&flow.forwarded_key(key.proto), flow, state);
     if flow.node_port.be != 0 {
-        note_closing(&flow.masqueraded_key(key.proto), flow.state, state);
+        note_closing(&flow.masqueraded_key(key.proto), flow, state);
     }
 }
 
 #[inline(never)]
-fn note_closing<S: State>(key: &FlowKey, closing: u8, state: &mut S) {
-    if let Some(flow) = state.flow(key) {
-        flow.state |= closing & state::CLOSING;
+fn note_closing<S: State>(key: &FlowKey, flow: &Flow, state: &mut S) {
+    if let Some(other) = state.flow(key)
+        && other.goes_with(flow)
+    {
+        other.state |= flow.state & state::CLOSING;
     }
 }
 
@@ -164,10 +168,17 @@ fn confirm<S: State>(key: &FlowKey, flow: &mut Flow, state: &mut S) {
     }
     let flow = core::hint::black_box(flow);
     flow.state |= state::REPLIED;
+    let mut is_latest = true;
     if let Some(request) = state.flow(&flow.request_key(key.proto)) {
-        flow.state |= request.state;
+        is_latest = request.goes_with(flow);
+        if is_latest {
+            flow.state |= request.state;
+        }
     }
-    state.confirm_flow(&flow.request_key(key.proto), flow);
+    // A late answer of a former endpoint must not take the client back to it.
+    if is_latest {
+        state.confirm_flow(&flow.request_key(key.proto), flow);
+    }
     state.confirm_flow(&flow.forwarded_key(key.proto), flow);
     if flow.node_port.be != 0 {
         state.confirm_flow(&flow.masqueraded_key(key.proto), flow);

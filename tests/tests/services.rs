@@ -1,8 +1,6 @@
 //! Services, with an agent on each node and real sockets: every client reaches every endpoint by every address, and what is no
 //! endpoint any more gets nothing.
 
-#![expect(clippy::unwrap_used, reason = "a helper of a test fails as the test does")]
-
 use std::collections::BTreeSet;
 use std::io::ErrorKind;
 use std::net::SocketAddr;

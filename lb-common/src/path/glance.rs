@@ -5,6 +5,7 @@ use crate::{
     flow::tcp_flags,
     layout::protocol,
     packet::{Packet, word},
+    parse::v6_addr,
     path::Hook,
     tables::State,
 };
@@ -18,15 +19,7 @@ fn ends<P: Packet>(packet: &P, hook: &Hook) -> Option<Ends> {
         let header = packet.read::<[u16; 20]>(l3)?;
         proto = header[3].to_ne_bytes()[0];
         l4 = 40;
-        let at = |i: usize| Addr {
-            words: [
-                word(header[i], header[i + 1]),
-                word(header[i + 2], header[i + 3]),
-                word(header[i + 4], header[i + 5]),
-                word(header[i + 6], header[i + 7]),
-            ],
-        };
-        (src, dst) = (at(4), at(12));
+        (src, dst) = (v6_addr(&header, 4), v6_addr(&header, 12));
     } else {
         let header = packet.read::<[u16; 10]>(l3)?;
         let first = header[0].to_ne_bytes()[0];

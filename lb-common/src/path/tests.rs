@@ -235,6 +235,22 @@ fn a_udp_flow_moves_when_its_endpoint_goes() {
 }
 
 #[test]
+fn a_late_answer_of_a_former_endpoint_does_not_take_the_client_back() {
+    for (segment, answer) in [(Segment::Udp, Segment::Udp), (SYN, SYN_ACK), (SYN, Segment::Tcp(tcp_flags::RST))] {
+        let mut machine = V4.machine(0);
+        cross(&mut machine, V4.client(), V4.service(), segment);
+        machine.tables.endpoints.get_mut(&100).unwrap().flags = 0;
+        let new = SocketAddr::new(V4.endpoint().ip(), 9999);
+        add_service(&mut machine, 2, V4.service(), &[new], 0);
+        assert_eq!(cross(&mut machine, V4.client(), V4.service(), segment).1, new);
+        cross(&mut machine, V4.endpoint(), V4.client(), answer);
+        let mut frame = frame(V4.client(), V4.service(), segment);
+        assert_eq!(enter(&mut machine, &mut frame), Action::Next(Reason::Established));
+        assert_eq!(ends(&frame).1, new);
+    }
+}
+
+#[test]
 fn a_tcp_connection_stays_with_an_endpoint_that_is_gone_and_a_new_one_does_not() {
     let mut machine = V4.machine(0);
     cross(&mut machine, V4.client(), V4.service(), SYN);

@@ -57,7 +57,7 @@ pub fn ip_packet(ends: Ends, payload: &[u8]) -> Vec<u8> {
 pub fn ip_fragment(ends: Ends, id: u32, offset: u16, more: bool, part: &[u8]) -> Vec<u8> {
     if ends.src.is_ipv4() {
         let [_, _, high, low] = id.to_be_bytes();
-        return v4(ends, u16::from_be_bytes([high, low]), offset / 8 | u16::from(more) << 13, part);
+        return v4(ends, u16::from_be_bytes([high, low]), (offset / 8) | (u16::from(more) << 13), part);
     }
     let mut payload = vec![ends.proto, 0];
     payload.extend_from_slice(&(offset | u16::from(more)).to_be_bytes());

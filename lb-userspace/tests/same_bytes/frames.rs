@@ -300,7 +300,7 @@ impl Frames {
                 let mut header = ports;
                 header.extend_from_slice(&(self.random() as u32).to_be_bytes());
                 header.extend_from_slice(&(self.random() as u32).to_be_bytes());
-                header.extend_from_slice(&[((20 + options) / 4 << 4) as u8, flags, 0xff, 0, 0, 0, 0, 0]);
+                header.extend_from_slice(&[(((20 + options) / 4) << 4) as u8, flags, 0xff, 0, 0, 0, 0, 0]);
                 header.extend(std::iter::repeat_n(1, options));
                 (header, 16)
             }
@@ -400,7 +400,7 @@ fn v6(ends: &Ends, next: u8, payload: &[u8]) -> Vec<u8> {
 
 fn fragment(ends: &Ends, id: u32, offset: u16, more: bool, part: &[u8]) -> Vec<u8> {
     if ends.from.is_ipv4() {
-        return v4(ends, offset / 8 | u16::from(more) << 13, id as u16, 0, part);
+        return v4(ends, (offset / 8) | (u16::from(more) << 13), id as u16, 0, part);
     }
     let mut payload = vec![ends.proto, 0];
     payload.extend_from_slice(&(offset | u16::from(more)).to_be_bytes());

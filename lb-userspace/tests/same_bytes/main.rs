@@ -1,6 +1,8 @@
 //! The programs in the kernel and `lb_common::path` on the host are one source compiled twice. The same frames, in the same order,
 //! through both: the same verdicts, causes and bytes, and the same connections remembered at the end. As root.
 
+#![expect(clippy::unwrap_used, reason = "a helper of a test fails as the test does")]
+
 mod frames;
 
 use std::fs;
@@ -15,7 +17,7 @@ use fairlead::{
         Kernel, Options, SocketLb,
         cleanup::cleanup,
         folder,
-        object::{Capacity, Programs},
+        object::{Capacity, Constants, Programs},
         pinned::Pinned,
     },
     pipeline::Pipeline,
@@ -86,7 +88,8 @@ impl Loaded {
         kernel.apply(&writes).unwrap();
         drop(kernel);
         let (generation, flows, _) = folder::current(&bpffs).unwrap();
-        let programs = Programs::load(&generation, &flows, &Capacity::default(), &options).unwrap();
+        let constants = Constants::new(&options).unwrap();
+        let programs = Programs::load(&generation, &flows, &Capacity::default(), &constants, &options).unwrap();
         let pinned = Pinned::open(&bpffs).unwrap();
         let counters = pinned.counters().unwrap();
         Self { dir, programs, pinned, counters }
