@@ -5,6 +5,7 @@ mod endpoints;
 pub mod explain;
 mod flows;
 mod pins;
+mod preflight;
 mod run;
 mod services;
 mod status;
@@ -38,6 +39,7 @@ enum Command {
     Endpoints(endpoints::EndpointsArgs),
     Flows(flows::FlowsArgs),
     Explain(explain::ExplainArgs),
+    Preflight(preflight::PreflightArgs),
     /// Remove every trace from the kernel: programs, links, maps, the folder
     ///
     /// Connections through Services break. Stop the agent first.
@@ -65,6 +67,7 @@ pub fn main() -> ExitCode {
             Some(dir) => explain::run_manifests(&args, dir),
             None => explain::run_pinned(&args),
         },
+        Command::Preflight(args) => preflight::run(&args),
         Command::Cleanup(folder) => crate::kernel::cleanup::cleanup(&folder.bpffs),
         Command::Version => {
             println!("fairlead {}", env!("CARGO_PKG_VERSION"));

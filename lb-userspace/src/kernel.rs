@@ -10,6 +10,7 @@ pub mod links;
 mod netlink;
 pub mod object;
 pub mod pinned;
+pub mod preflight;
 mod sys;
 pub mod tables;
 

@@ -32,6 +32,18 @@ pub fn write(folder: &Path, services: u32, endpoints: u32) -> Result<u32> {
     Ok(files)
 }
 
+/// Gives one Pod another label `app`, by rewriting the file that it is in. `endpoints` is what the folder was written with.
+pub fn relabel(folder: &Path, endpoint: u32, endpoints: u32, app: &str) -> Result<()> {
+    let path = folder.join(format!("services-{:04}.json", endpoint / endpoints / PER_FILE));
+    let text = fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
+    let mut items: Vec<Value> = serde_json::from_str::<Value>(&text)?["items"].as_array().cloned().unwrap_or_default();
+    let name = format!("pod-{endpoint}");
+    let pod = items.iter_mut().find(|item| item["kind"] == "Pod" && item["metadata"]["name"] == name.as_str());
+    let pod = pod.with_context(|| format!("{} has no Pod {name}", path.display()))?;
+    pod["metadata"]["labels"]["app"] = app.into();
+    write_by_rename(&path, &list(&items)?).with_context(|| format!("writing {}", path.display()))
+}
+
 /// The ClusterIP of the Service with this number.
 pub fn cluster_ip(service: u32) -> Ipv4Addr {
     Ipv4Addr::from(u32::from(Ipv4Addr::new(10, 96, 0, 0)) + service + 1)
@@ -90,5 +102,24 @@ mod tests {
             }
         }
         assert_eq!((services, pods), (250, 750));
+    }
+
+    #[test]
+    fn a_pod_is_relabelled_and_nothing_else() {
+        let folder = tempfile::tempdir().unwrap();
+        write(folder.path(), 150, 2).unwrap();
+        let read = || {
+            ["services-0000.json", "services-0001.json"]
+                .map(|file| fs::read_to_string(folder.path().join(file)).unwrap())
+        };
+        let before = read();
+        relabel(folder.path(), 201, 2, "none").unwrap();
+        let after = read();
+        assert_eq!(before[0], after[0]);
+        let changed: Vec<_> =
+            before[1].lines().zip(after[1].lines()).filter(|(before, after)| before != after).collect();
+        assert!(matches!(changed[..], [(_, after)] if after.contains("\"pod-201\"") && after.contains("\"none\"")));
+        relabel(folder.path(), 201, 2, "app-100").unwrap();
+        assert_eq!(before, read());
     }
 }

@@ -1,6 +1,9 @@
-//! `cargo xtask check`: what can be said about the source and the object without running it, or with `--kernel` how the agent does on
-//! kernels that are not this machine's. Every check runs, also after one failed. None of it is part of `cargo xtask test`: a kernel
-//! alone takes minutes.
+//! `cargo xtask check`: what can be said about the source and the object without running it, and what programs and changes cost; or
+//! with `--kernel` how the agent does on kernels that are not this machine's. Every check runs, also after one failed. None of it is
+//! part of `cargo xtask test`: a kernel alone takes minutes.
+
+mod budget;
+mod change;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
@@ -22,6 +25,9 @@ pub struct Options {
     /// given
     #[arg(long, value_name = "VERSION", value_parser = clap::builder::PossibleValuesParser::new(kernels::KNOWN))]
     kernel: Vec<String>,
+    /// Instead of that, make what the verifier has to do today the budget for this machine's kernel (xtask/budgets.json)
+    #[arg(long, conflicts_with = "kernel")]
+    write_budgets: bool,
 }
 
 /// Returns what is worth saying beside `ok`.
@@ -33,11 +39,17 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     setup::ensure()?;
     // One after another: two cargos at once wait for each other.
     let mut checks: Vec<(String, Check)> = Vec::new();
-    if options.kernel.is_empty() {
+    if options.write_budgets {
+        checks.push(("budgets".to_owned(), Box::new(budget::write)));
+    } else if options.kernel.is_empty() {
         checks.push(("format".to_owned(), Box::new(format)));
         checks.push(("lints".to_owned(), Box::new(lints)));
         checks.push(("no panic in the eBPF object".to_owned(), Box::new(no_panics)));
         checks.push(("stack of the programs".to_owned(), Box::new(stack_fits)));
+        if workspace::is_root() {
+            checks.push(("verified instructions".to_owned(), Box::new(budget::check)));
+            checks.push(("what a change costs".to_owned(), Box::new(change::check)));
+        }
     }
     for version in &options.kernel {
         checks.push((format!("Linux {version}"), Box::new(|| kernels::check(version))));
@@ -52,6 +64,9 @@ pub fn run(options: &Options) -> Result<ExitCode> {
                 failed += 1;
             }
         }
+    }
+    if !workspace::is_root() {
+        println!("not tested  verified instructions, what a change costs: run `cargo xtask check` as root");
     }
     for version in kernels::KNOWN.iter().filter(|version| !options.kernel.iter().any(|asked| asked == *version)) {
         println!("not tested  Linux {version}: `cargo xtask check --kernel {version}`");

@@ -29,7 +29,7 @@ enum Task {
     Demo(demo::Options),
     /// Run every test of the project and end with `N passed, N failed` (root)
     Test(test::Options),
-    /// Check format, lints and the eBPF object, or with --kernel the agent on other kernels
+    /// Check format, lints, the eBPF object and what is counted (root), or with --kernel the agent on other kernels
     Check(check::Options),
     /// Install what building and testing need and isn't there; asks nothing
     Setup(setup::Options),

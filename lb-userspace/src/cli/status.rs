@@ -19,10 +19,7 @@ use crate::{
         door::{Question, ask},
         report::Report,
     },
-    kernel::{
-        links::{Attached, Mechanism},
-        pinned::Fill,
-    },
+    kernel::{links::Attached, pinned::Fill},
 };
 
 /// Say what is attached where, how many there are of everything, and what is wrong
@@ -178,8 +175,7 @@ impl Program {
             device: ifindex.map(name),
             ifindex,
             mechanism: match mechanism {
-                Some(Mechanism::Tcx) => "tcx",
-                Some(Mechanism::Clsact) => "clsact",
+                Some(mechanism) => mechanism.name(),
                 None => "cgroup",
             },
             live,

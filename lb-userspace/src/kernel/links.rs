@@ -89,6 +89,22 @@ pub enum Mechanism {
     Clsact,
 }
 
+impl Mechanism {
+    /// TCX where the kernel has it.
+    pub fn available() -> Self {
+        // The loopback device is always there to be asked; before Linux 6.6 the kernel knows no such hook.
+        if sys::query_tcx(1, sys::attach_type::TCX_INGRESS).is_ok() { Self::Tcx } else { Self::Clsact }
+    }
+
+    /// As `--attach` calls it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Tcx => "tcx",
+            Self::Clsact => "clsact",
+        }
+    }
+}
+
 /// A device as attaching needs it.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Port {
@@ -158,12 +174,10 @@ pub struct Attached {
 impl Links {
     /// Chooses the mechanism: TCX where the kernel has it, unless told otherwise.
     pub fn new(dir: PathBuf, attach: Attach) -> Self {
-        // The loopback device is always there to be asked; before Linux 6.6 the kernel knows no such hook.
         let mechanism = match attach {
             Attach::Tcx => Mechanism::Tcx,
             Attach::Clsact => Mechanism::Clsact,
-            Attach::Auto if sys::query_tcx(1, sys::attach_type::TCX_INGRESS).is_ok() => Mechanism::Tcx,
-            Attach::Auto => Mechanism::Clsact,
+            Attach::Auto => Mechanism::available(),
         };
         info!(?attach, ?mechanism, "programs are attached to devices by this mechanism");
         Self { dir, mechanism, auto: attach == Attach::Auto }

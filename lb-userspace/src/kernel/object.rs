@@ -8,7 +8,7 @@ use std::{collections::BTreeMap, fs, io, os::fd::AsFd as _, os::fd::OwnedFd, pat
 use anyhow::{Context as _, Result, anyhow, bail};
 use aya::{
     Ebpf, EbpfLoader,
-    programs::{CgroupSockAddr, ProgramError, ProgramInfo, SchedClassifier},
+    programs::{CgroupSockAddr, ProgramError, SchedClassifier},
 };
 use lb_common::{
     addr::Addr,
@@ -221,6 +221,9 @@ pub const SOCKET_HOOKS: [(&str, u32); 8] = [
     ("getpeername6", sys::attach_type::GETPEERNAME6),
 ];
 
+/// Programs for devices.
+const CLASSIFIERS: [&str; 2] = ["ingress", "egress"];
+
 /// The programs, loaded against one generation of maps.
 #[derive(Debug)]
 pub struct Programs {
@@ -259,8 +262,9 @@ impl Programs {
         options: &Options,
     ) -> Result<Self> {
         create_services(generation, capacity)?;
-        let mut ethernet = relocate(14, constants, generation, flows, capacity, options)?;
-        let mut bare = relocate(0, constants, generation, flows, capacity, options)?;
+        let pins = Some((generation, flows));
+        let mut ethernet = relocate(true, constants, pins, capacity, options)?;
+        let mut bare = relocate(false, constants, pins, capacity, options)?;
         // Most of the time of a start is the verifier's.
         thread::scope(|scope| {
             let verified = scope.spawn(|| verify(&mut bare, false));
@@ -269,6 +273,39 @@ impl Programs {
         })?;
         Ok(Self { ethernet, bare })
     }
+}
+
+/// What came of loading a program.
+#[derive(Debug)]
+pub struct Trial {
+    /// The program's name.
+    pub program: &'static str,
+    /// Whether it is the one for devices with Ethernet header; programs for sockets are only in that set.
+    pub ethernet: bool,
+    /// What the verifier had to do, or why it refused.
+    pub result: Result<Verified>,
+}
+
+/// What the verifier had to do.
+#[derive(Clone, Copy, Debug)]
+pub struct Verified {
+    /// Instructions that it walked through; loops and branches count each time. Known from Linux 5.16.
+    pub instructions: Option<u32>,
+    /// How long loading took, in milliseconds.
+    pub milliseconds: u64,
+}
+
+/// Loads every program, one after another, and lets it go. Their maps are their own: nothing is pinned or attached. One that
+/// is refused does not keep the others from being tried.
+pub fn try_all(constants: &Constants, options: &Options) -> Result<Vec<Trial>> {
+    let mut trials = Vec::new();
+    for ethernet in [true, false] {
+        let mut object = relocate(ethernet, constants, None, &Capacity::default(), options)?;
+        for program in names(ethernet) {
+            trials.push(Trial { program, ethernet, result: load(&mut object, program) });
+        }
+    }
+    Ok(trials)
 }
 
 /// What the programs are told once and for all.
@@ -292,20 +329,23 @@ impl Constants {
     }
 }
 
-/// Creates the maps that are not pinned yet, and makes programs that name them.
+/// Creates the maps that are not pinned yet in the folders of a generation and of flow state, and makes programs that name them.
+/// Without folders all maps are new, and go with the programs.
 fn relocate(
-    link_header: u32,
+    ethernet: bool,
     constants: &Constants,
-    generation: &Path,
-    flows: &Path,
+    pins: Option<(&Path, &Path)>,
     capacity: &Capacity,
     options: &Options,
 ) -> Result<Ebpf> {
+    let link_header: u32 = if ethernet { 14 } else { 0 };
     let mut loader = EbpfLoader::new();
     for table in Table::ALL {
         if table != Table::Services {
             loader.map_max_entries(table.name(), capacity.entries(table));
-            loader.map_pin_path(table.name(), generation.join(table.name()));
+            if let Some((generation, _)) = pins {
+                loader.map_pin_path(table.name(), generation.join(table.name()));
+            }
         }
     }
     for name in FLOW_MAPS {
@@ -313,7 +353,9 @@ fn relocate(
         if entries > 0 {
             loader.map_max_entries(name, entries);
         }
-        loader.map_pin_path(name, flows.join(name));
+        if let Some((_, flows)) = pins {
+            loader.map_pin_path(name, flows.join(name));
+        }
     }
     loader
         .override_global("LINK_HEADER", &link_header, true)
@@ -326,33 +368,32 @@ fn relocate(
         .context("cannot load the BPF object")
 }
 
-/// Gives the programs to the kernel; those for sockets once, with the set for devices with Ethernet header.
+/// The programs of a set: those for sockets are in the one for devices with Ethernet header.
+fn names(ethernet: bool) -> impl Iterator<Item = &'static str> {
+    let sockets = SOCKET_HOOKS.iter().filter(move |_| ethernet).map(|(name, _)| *name);
+    CLASSIFIERS.into_iter().chain(sockets)
+}
+
+/// Gives the programs to the kernel.
 fn verify(object: &mut Ebpf, ethernet: bool) -> Result<()> {
-    for name in ["ingress", "egress"] {
-        let program = object.program_mut(name).with_context(|| format!("no program {name} in the object"))?;
-        let program: &mut SchedClassifier = program.try_into()?;
-        let start = Instant::now();
-        program.load().map_err(|error| explain(name, error))?;
-        loaded(name, ethernet, program.info(), start);
-    }
-    if ethernet {
-        for (name, _) in SOCKET_HOOKS {
-            let program = object.program_mut(name).with_context(|| format!("no program {name} in the object"))?;
-            let program: &mut CgroupSockAddr = program.try_into()?;
-            let start = Instant::now();
-            program.load().map_err(|error| explain(name, error))?;
-            loaded(name, true, program.info(), start);
-        }
+    for name in names(ethernet) {
+        let Verified { instructions, milliseconds } = load(object, name)?;
+        debug!(program = name, ethernet, verified = instructions, milliseconds, "program loaded");
     }
     Ok(())
 }
 
-/// What the verifier had to do; for people who look after the programs.
-fn loaded(name: &str, ethernet: bool, info: Result<ProgramInfo, ProgramError>, start: Instant) {
+fn load(object: &mut Ebpf, name: &str) -> Result<Verified> {
+    let program = object.program_mut(name).with_context(|| format!("no program {name} in the object"))?;
+    let start = Instant::now();
+    let result = if CLASSIFIERS.contains(&name) {
+        <&mut SchedClassifier>::try_from(&mut *program).and_then(SchedClassifier::load)
+    } else {
+        <&mut CgroupSockAddr>::try_from(&mut *program).and_then(CgroupSockAddr::load)
+    };
+    result.map_err(|error| explain(name, error))?;
     let milliseconds = u64::try_from(start.elapsed().as_millis()).unwrap_or(u64::MAX);
-    // Linux 5.16.
-    let verified = info.ok().and_then(|info| info.verified_instruction_count());
-    debug!(program = name, ethernet, verified, milliseconds, "program loaded");
+    Ok(Verified { instructions: program.info().ok().and_then(|info| info.verified_instruction_count()), milliseconds })
 }
 
 /// The end of the verifier's log, which names the instruction that it refused.

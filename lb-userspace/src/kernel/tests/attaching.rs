@@ -152,6 +152,14 @@ fn a_filter_that_someone_removed_is_attached_anew() {
 }
 
 #[test]
+fn this_kernel_takes_every_program_without_a_folder_of_pins() {
+    let found = preflight::preflight().unwrap();
+    let refused: Vec<_> = found.trials.iter().filter(|trial| trial.result.is_err()).collect();
+    assert!(refused.is_empty(), "{refused:?}");
+    assert_eq!(found.trials.len(), 4 + object::SOCKET_HOOKS.len());
+}
+
+#[test]
 fn the_kernel_says_whether_it_knows_the_checksum_flag() {
     let flag = sys::ipv6_checksum_flag().unwrap();
     let version = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
