@@ -8,7 +8,7 @@ use std::{collections::BTreeMap, fs, io, os::fd::AsFd as _, os::fd::OwnedFd, pat
 use anyhow::{Context as _, Result, anyhow, bail};
 use aya::{
     Ebpf, EbpfLoader,
-    programs::{CgroupSockAddr, ProgramError, SchedClassifier},
+    programs::{CgroupSockAddr, Program, ProgramError, SchedClassifier},
 };
 use lb_common::{
     addr::Addr,
@@ -229,11 +229,17 @@ const CLASSIFIERS: [&str; 2] = ["ingress", "egress"];
 pub struct Programs {
     ethernet: Ebpf,
     bare: Ebpf,
+    /// Most nodes have no device without Ethernet header, and the verifier takes most of the time of a start.
+    bare_is_verified: bool,
 }
 
 impl Programs {
     /// A classifier for devices with or without Ethernet header.
     pub fn classifier(&mut self, name: &str, ethernet: bool) -> Result<&mut SchedClassifier> {
+        if !ethernet && !self.bare_is_verified {
+            verify(&mut self.bare, false)?;
+            self.bare_is_verified = true;
+        }
         let object = if ethernet { &mut self.ethernet } else { &mut self.bare };
         let program = object.program_mut(name).with_context(|| format!("no program {name} in the object"))?;
         program.try_into().with_context(|| format!("program {name} is no classifier"))
@@ -253,7 +259,8 @@ impl Programs {
         Ok(program.fd().with_context(|| format!("program {name} is not loaded"))?.as_fd().try_clone_to_owned()?)
     }
 
-    /// Loads the programs twice, for devices with and without Ethernet header, and creates the maps that are not pinned yet.
+    /// Loads the programs, those for devices without Ethernet header when the first such device comes, and creates the maps
+    /// that are not pinned yet.
     pub fn load(
         generation: &Path,
         flows: &Path,
@@ -264,14 +271,9 @@ impl Programs {
         create_services(generation, capacity)?;
         let pins = Some((generation, flows));
         let mut ethernet = relocate(true, constants, pins, capacity, options)?;
-        let mut bare = relocate(false, constants, pins, capacity, options)?;
-        // Most of the time of a start is the verifier's.
-        thread::scope(|scope| {
-            let verified = scope.spawn(|| verify(&mut bare, false));
-            verify(&mut ethernet, true)?;
-            verified.join().map_err(|_| anyhow!("loading programs panicked"))?
-        })?;
-        Ok(Self { ethernet, bare })
+        let bare = relocate(false, constants, pins, capacity, options)?;
+        verify(&mut ethernet, true)?;
+        Ok(Self { ethernet, bare, bare_is_verified: false })
     }
 }
 
@@ -374,17 +376,33 @@ fn names(ethernet: bool) -> impl Iterator<Item = &'static str> {
     CLASSIFIERS.into_iter().chain(sockets)
 }
 
-/// Gives the programs to the kernel.
+/// Gives the programs to the kernel, the one that takes longest beside the others.
 fn verify(object: &mut Ebpf, ethernet: bool) -> Result<()> {
-    for name in names(ethernet) {
-        let Verified { instructions, milliseconds } = load(object, name)?;
-        debug!(program = name, ethernet, verified = instructions, milliseconds, "program loaded");
+    let wanted: Vec<&str> = names(ethernet).collect();
+    if let Some(name) = wanted.iter().find(|name| object.program(name).is_none()) {
+        bail!("no program {name} in the object");
     }
-    Ok(())
+    let programs = object.programs_mut().filter(|(name, _)| wanted.contains(name));
+    let (longest, others): (Vec<_>, Vec<_>) = programs.partition(|(name, _)| *name == "egress");
+    let give = |programs: Vec<(&str, &mut Program)>| -> Result<()> {
+        for (name, program) in programs {
+            let Verified { instructions, milliseconds } = load_program(program, name)?;
+            debug!(program = name, ethernet, verified = instructions, milliseconds, "program loaded");
+        }
+        Ok(())
+    };
+    thread::scope(|scope| {
+        let beside = scope.spawn(|| give(longest));
+        give(others)?;
+        beside.join().map_err(|_| anyhow!("loading programs panicked"))?
+    })
 }
 
 fn load(object: &mut Ebpf, name: &str) -> Result<Verified> {
-    let program = object.program_mut(name).with_context(|| format!("no program {name} in the object"))?;
+    load_program(object.program_mut(name).with_context(|| format!("no program {name} in the object"))?, name)
+}
+
+fn load_program(program: &mut Program, name: &str) -> Result<Verified> {
     let start = Instant::now();
     let result = if CLASSIFIERS.contains(&name) {
         <&mut SchedClassifier>::try_from(&mut *program).and_then(SchedClassifier::load)
