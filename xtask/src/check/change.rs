@@ -94,7 +94,7 @@ fn measure(services: u32) -> Result<Run> {
         let after = settled(&agent, Some(Cost::of(&before)))?;
         *cost = Cost::of(&after).since(Cost::of(&before));
         println!(
-            "  {services:>6} Services: label of one Pod to {app}: {cost}; {} µs from the change being read to its end",
+            "  {services:>6} Services: label of one Pod to {app}: {cost}; planned and written in {} µs",
             after["agent"]["lastChange"]["microseconds"]
         );
     }
