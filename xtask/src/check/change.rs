@@ -91,10 +91,10 @@ fn measure(services: u32) -> Result<Run> {
     for (cost, app) in costs.iter_mut().zip(["none", &own]) {
         let before = settled(&agent, None)?;
         scale::relabel(&manifests, POD, ENDPOINTS, app)?;
-        let after = settled(&agent, Some(Cost::of(&before)))?;
-        *cost = Cost::of(&after).since(Cost::of(&before));
+        let after = settled(&agent, Some(Cost::of(&before)?))?;
+        *cost = Cost::of(&after)?.since(Cost::of(&before)?);
         println!(
-            "  {services:>6} Services: label of one Pod to {app}: {cost}; {} µs from the change being read to its end",
+            "  {services:>6} Services: label of one Pod to {app}: {cost}; planned and written in {} µs",
             after["agent"]["lastChange"]["microseconds"]
         );
     }
@@ -108,7 +108,7 @@ fn settled(agent: &Agent, before: Option<Cost>) -> Result<Value> {
     loop {
         interrupt::check()?;
         let status = agent.cli_json(&["status"]);
-        let cost = Cost::of(&status);
+        let cost = Cost::of(&status)?;
         if last == Some(cost) && before != Some(cost) {
             return Ok(status);
         }
@@ -122,9 +122,11 @@ fn settled(agent: &Agent, before: Option<Cost>) -> Result<Value> {
 
 impl Cost {
     /// From `fairlead status --output json`.
-    fn of(status: &Value) -> Self {
-        let number = |name: &str| status["agent"][name].as_u64().unwrap_or(0);
-        Self { calls: number("bpfCalls"), entries: number("entriesWritten"), bytes: number("bytesWritten") }
+    fn of(status: &Value) -> Result<Self> {
+        let number = |name: &str| {
+            status["agent"][name].as_u64().with_context(|| format!("fairlead status has no number agent.{name}"))
+        };
+        Ok(Self { calls: number("bpfCalls")?, entries: number("entriesWritten")?, bytes: number("bytesWritten")? })
     }
 
     fn since(self, before: Self) -> Self {
