@@ -18,7 +18,6 @@ use clap::{Args, ValueEnum};
 use lb_common::{
     layout::{Device, device_flags},
     memory::Memory,
-    tables::Tables,
 };
 
 pub use self::{
@@ -93,14 +92,14 @@ pub enum Output {
 /// Tables with the names that people have for what is in them.
 pub trait Named {
     /// What decisions read.
-    type Tables: Tables;
-
-    /// What decisions read.
-    fn tables(&self) -> &Self::Tables;
-    /// `namespace/name:port/PROTO` of a Service port's id.
-    fn service(&self, id: u32) -> Option<String>;
+    fn tables(&self) -> &Memory;
     /// The ifindex of an interface.
     fn interface(&self, name: &str) -> Option<u32>;
+
+    /// `namespace/name:port/PROTO` of a Service port's id.
+    fn service(&self, id: u32) -> Option<String> {
+        self.tables().services.get(&id).and_then(service_name).map(ToOwned::to_owned)
+    }
 }
 
 /// Answers every packet that the arguments name, from these tables.
@@ -149,14 +148,8 @@ struct Pins {
 }
 
 impl Named for Pins {
-    type Tables = Memory;
-
     fn tables(&self) -> &Memory {
         &self.memory
-    }
-
-    fn service(&self, id: u32) -> Option<String> {
-        self.memory.services.get(&id).and_then(service_name).map(ToOwned::to_owned)
     }
 
     fn interface(&self, name: &str) -> Option<u32> {
@@ -203,14 +196,8 @@ impl Manifests {
 }
 
 impl Named for Manifests {
-    type Tables = Memory;
-
     fn tables(&self) -> &Memory {
         &self.memory
-    }
-
-    fn service(&self, id: u32) -> Option<String> {
-        self.memory.services.get(&id).and_then(service_name).map(ToOwned::to_owned)
     }
 
     fn interface(&self, name: &str) -> Option<u32> {
