@@ -342,15 +342,22 @@ fn a_client_that_goes_straight_to_the_endpoint_later_gets_straight_answers() {
 
 #[test]
 fn a_request_that_a_bridge_shows_again_keeps_its_flow() {
-    let mut machine = V4.machine(0);
-    for segment in [SYN, Segment::Udp] {
-        let mut packet = frame(V4.client(), V4.service(), segment);
-        enter(&mut machine, &mut packet);
-        let hook = Hook { device: 4, link_header: 14, v6: false, translated: true };
-        let action = ingress(&mut packet, &hook, &mut Scratch::NEW.clone(), &mut machine);
-        assert_eq!(action, Action::Next(Reason::NotService));
-        let answer = if matches!(segment, Segment::Udp) { Segment::Udp } else { SYN_ACK };
-        assert_eq!(cross(&mut machine, V4.endpoint(), V4.client(), answer), (V4.service(), V4.client()));
+    // Also where another frontend shares the endpoint's bit, so that the first glance doesn't end its way.
+    for shares_bit in [false, true] {
+        let mut machine = V4.machine(0);
+        if shares_bit {
+            let endpoint = V4.endpoint();
+            machine.tables.frontend_bits.insert(bit_index(&endpoint.ip().into(), Port::new(endpoint.port())));
+        }
+        for segment in [SYN, Segment::Udp] {
+            let mut packet = frame(V4.client(), V4.service(), segment);
+            enter(&mut machine, &mut packet);
+            let hook = Hook { device: 4, link_header: 14, v6: false, translated: true };
+            let action = ingress(&mut packet, &hook, &mut Scratch::NEW.clone(), &mut machine);
+            assert_eq!(action, Action::Next(Reason::NotService));
+            let answer = if matches!(segment, Segment::Udp) { Segment::Udp } else { SYN_ACK };
+            assert_eq!(cross(&mut machine, V4.endpoint(), V4.client(), answer), (V4.service(), V4.client()));
+        }
     }
 }
 
