@@ -6,6 +6,7 @@
 
 use crate::{
     addr::{Addr, Port},
+    affinity::{AffinityKey, Wanted},
     layout::{Endpoint, Frontend, FrontendKey, Range, endpoint_flags, frontend_flags, node_flags},
     reason::Reason,
     tables::Tables,
@@ -64,9 +65,20 @@ pub struct Forward {
     pub flags: u32,
     /// Whether the source is rewritten, whichever endpoint is chosen (but see [`Forward::masquerades`]).
     pub masquerade: bool,
+    /// Seconds for which a client stays with its endpoint; 0: it doesn't.
+    pub affinity: u32,
+    /// The bit of [`endpoint_flags`] that the endpoints of the range have, where there is affinity.
+    pub eligible: u16,
 }
 
 impl Forward {
+    /// What is asked of an endpoint that is remembered of a client.
+    #[must_use]
+    #[inline(always)]
+    pub const fn wanted(&self) -> Wanted {
+        Wanted { service: self.service, timeout: self.affinity, eligible: self.eligible }
+    }
+
     /// Whether the source is rewritten on the way to this endpoint: also where a pod reaches itself (M8).
     #[must_use]
     #[inline(always)]
@@ -102,19 +114,23 @@ pub struct Choice {
     pub flags: u32,
     /// Whether the source is rewritten.
     pub masquerade: bool,
+    /// Whether the client stays with it: to be remembered once the connection begins.
+    pub affinity: bool,
 }
 
-/// What happens to a packet that starts a connection; `hash` picks among the endpoints that may be chosen.
+/// What happens to a packet that starts a connection: `client` goes where it went last, if the Service wants that, else `hash`
+/// picks among the endpoints that may be chosen.
 #[inline(always)]
-pub fn decide<T: Tables>(question: &Question, hash: u32, tables: &T) -> Decision {
+pub fn decide<T: Tables>(question: &Question, client: &Addr, hash: u32, tables: &T) -> Decision {
     match classify(question, tables) {
-        Class::Forward(forward) => match select(&forward.range, hash, tables) {
+        Class::Forward(forward) => match choose(&forward, client, hash, tables) {
             Some((id, endpoint)) => Decision::Forward(Choice {
                 id,
                 endpoint: *endpoint,
                 service: forward.service,
                 flags: forward.flags,
                 masquerade: forward.masquerades(&question.src, endpoint),
+                affinity: forward.affinity != 0,
             }),
             None => Decision::Drop(Reason::Internal),
         },
@@ -135,7 +151,7 @@ pub fn classify<T: Tables>(question: &Question, tables: &T) -> Class {
             Class::Pass(Reason::NotService)
         };
     };
-    let Frontend { internal, external, service, flags } = *frontend;
+    let Frontend { internal, external, service, flags, affinity } = *frontend;
     // What comes by a device and claims to be for localhost is left to the stack, which drops it (CVE-2020-8558).
     if flags & frontend_flags::NODE_PORT != 0 && !from_node && dst.is_loopback() {
         return Class::Pass(Reason::OwnAddress);
@@ -174,7 +190,28 @@ pub fn classify<T: Tables>(question: &Question, tables: &T) -> Class {
             Class::Reject(Reason::NoEndpoints)
         };
     }
-    Class::Forward(Forward { range, service, flags, masquerade })
+    let local = !inside || flags & frontend_flags::INTERNAL_LOCAL != 0;
+    let eligible = if local { endpoint_flags::IN_LOCAL } else { endpoint_flags::IN_CLUSTER };
+    Class::Forward(Forward { range, service, flags, masquerade, affinity, eligible })
+}
+
+#[inline(always)]
+fn choose<'a, T: Tables>(forward: &Forward, client: &Addr, hash: u32, tables: &'a T) -> Option<(u32, &'a Endpoint)> {
+    if forward.affinity != 0
+        && let Some(id) = remembered(&forward.wanted(), client, tables)
+        && let Some(endpoint) = tables.endpoint(id)
+    {
+        return Some((id, endpoint));
+    }
+    select(&forward.range, hash, tables)
+}
+
+/// The id of the endpoint that a client stays with.
+#[inline(never)]
+pub fn remembered<T: Tables>(wanted: &Wanted, client: &Addr, tables: &T) -> Option<u32> {
+    let affinity = tables.affinity(&AffinityKey { client: *client, service: wanted.service })?;
+    let endpoint = tables.endpoint(affinity.endpoint_id)?;
+    if affinity.holds(endpoint, wanted, tables.ticks()) { Some(affinity.endpoint_id) } else { None }
 }
 
 /// The frontend that a packet is sent to: of its address, else of the NodePort, else of any port of the address.

@@ -121,6 +121,8 @@ pub mod flow_flags {
     pub const MASQUERADE: u8 = 1 << 0;
     /// The frontend is a NodePort.
     pub const NODE_PORT: u8 = 1 << 1;
+    /// The client stays with the endpoint beyond this connection.
+    pub const AFFINITY: u8 = 1 << 2;
 }
 
 /// TCP flags, the 14th byte of the header (RFC 9293 §3.1).

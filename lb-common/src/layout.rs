@@ -77,6 +77,8 @@ pub struct Frontend {
     pub service: u32,
     /// Bits of [`frontend_flags`].
     pub flags: u32,
+    /// Seconds for which a client stays with its endpoint (`sessionAffinity: ClientIP`); 0: it doesn't.
+    pub affinity: u32,
 }
 
 /// Bits of [`Frontend::flags`].
@@ -101,6 +103,8 @@ pub mod frontend_flags {
     pub const CLUSTER_IP: u32 = 1 << 9;
     /// The source is kept where the endpoint is on this node (`--preserve-client-ip`).
     pub const PRESERVE_LOCAL: u32 = 1 << 8;
+    /// The internal range holds the endpoints of this node only (internalTrafficPolicy Local).
+    pub const INTERNAL_LOCAL: u32 = 1 << 10;
 }
 
 /// One endpoint of one Service port: the same address in two Services is two endpoints.
@@ -134,6 +138,10 @@ pub mod endpoint_flags {
     pub const SERVING: u16 = 1 << 0;
     /// On this node.
     pub const LOCAL: u16 = 1 << 1;
+    /// In the set that policy Cluster chooses from. Said only where the Service has session affinity.
+    pub const IN_CLUSTER: u16 = 1 << 2;
+    /// In the set that policy Local chooses from. Said only where the Service has session affinity.
+    pub const IN_LOCAL: u16 = 1 << 3;
 }
 
 /// An address of this node: the value of the map keyed by [`Addr`], bits of [`node_flags`].
@@ -262,7 +270,7 @@ const _: () = {
     assert!(size_of::<Addr>() == 16);
     assert!(size_of::<FrontendKey>() == 20);
     assert!(size_of::<Range>() == 8);
-    assert!(size_of::<Frontend>() == 24);
+    assert!(size_of::<Frontend>() == 28);
     assert!(size_of::<Endpoint>() == 28);
     assert!(size_of::<PrefixKey>() == 24);
     assert!(size_of::<Device>() == 48);

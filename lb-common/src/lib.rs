@@ -9,6 +9,7 @@
 #![cfg_attr(not(any(test, feature = "user")), no_std)]
 
 pub mod addr;
+pub mod affinity;
 pub mod checksum;
 pub mod decide;
 pub mod flow;

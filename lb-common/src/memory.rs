@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use crate::{
     addr::{Addr, Port},
+    affinity::{Affinity, AffinityKey, ticks_of_nanoseconds},
     flow::{Flow, FlowKey, FragmentKey, FragmentPorts},
     layout::{
         Device, Endpoint, Frontend, FrontendKey, NodeAddress, PrefixKey, ServiceName, Settings, bit_index,
@@ -89,6 +90,15 @@ impl Tables for Memory {
         let Settings { cidrs_v4, cidrs_v6, .. } = self.settings;
         (cidrs_v4.holds(addr) || cidrs_v6.holds(addr)) && holds(&self.service_cidrs, 0, addr)
     }
+
+    /// Clients are remembered by the programs only.
+    fn affinity(&self, _: &AffinityKey) -> Option<Affinity> {
+        None
+    }
+
+    fn ticks(&self) -> u32 {
+        0
+    }
 }
 
 /// [`Memory`] and what the programs remember: a whole machine for tests and simulations. Its tables are never full, and its
@@ -101,6 +111,8 @@ pub struct Machine {
     pub flows: BTreeMap<FlowKey, (Flow, bool)>,
     /// Fragmented packets.
     pub fragments: BTreeMap<FragmentKey, FragmentPorts>,
+    /// Clients that stay with an endpoint.
+    pub affinities: BTreeMap<AffinityKey, Affinity>,
     /// The time in seconds.
     pub now: u32,
 }
@@ -144,6 +156,14 @@ impl Tables for Machine {
     fn in_service_cidr(&self, addr: &Addr) -> bool {
         self.tables.in_service_cidr(addr)
     }
+
+    fn affinity(&self, key: &AffinityKey) -> Option<Affinity> {
+        self.affinities.get(key).copied()
+    }
+
+    fn ticks(&self) -> u32 {
+        ticks_of_nanoseconds(u64::from(self.now) << 30)
+    }
 }
 
 impl State for Machine {
@@ -170,6 +190,10 @@ impl State for Machine {
 
     fn remove_flow(&mut self, key: &FlowKey) {
         self.flows.remove(key);
+    }
+
+    fn insert_affinity(&mut self, key: &AffinityKey, endpoint_id: u32, generation: u32) {
+        self.affinities.insert(*key, Affinity { endpoint_id, generation, seen: self.ticks() });
     }
 
     fn fragment(&self, key: &FragmentKey) -> Option<FragmentPorts> {

@@ -2,9 +2,10 @@
 
 use crate::{
     addr::{Addr, Port},
-    decide::{Decision, Question, decide},
+    affinity::AffinityKey,
+    decide::{Choice, Decision, Question, decide},
     reason::Reason,
-    tables::Tables,
+    tables::{State, Tables},
 };
 
 /// How many frontends an unconnected socket can talk to at once before the oldest pair is overwritten.
@@ -65,9 +66,16 @@ pub fn may_be_translated<T: Tables>(ends: &Ends, tables: &T) -> bool {
 /// [`Verdict::Translate`](crate::reason::Verdict::Translate); a refusal is ECONNREFUSED.
 ///
 /// `connects`: every connect chooses anew by `hash`. A datagram of an unconnected socket stays with the endpoint of the last
-/// one to that frontend, as long as it serves.
+/// one to that frontend, as long as it serves. `client` is whom session affinity remembers, once for each choice.
 #[inline(always)]
-pub fn translate<T: Tables>(ends: &mut Ends, hash: u32, connects: bool, pairs: &mut Pairs, tables: &T) -> Reason {
+pub fn translate<S: State>(
+    ends: &mut Ends,
+    client: &Addr,
+    hash: u32,
+    connects: bool,
+    pairs: &mut Pairs,
+    tables: &mut S,
+) -> Reason {
     if !connects && let Some((addr, port)) = remembered(ends, pairs, tables) {
         (ends.addr, ends.port) = (addr, port);
         return Reason::Established;
@@ -76,8 +84,11 @@ pub fn translate<T: Tables>(ends: &mut Ends, hash: u32, connects: bool, pairs: &
     // address itself if they hold the node (`kube-proxy.md` §3, step 1).
     let question =
         Question { src: ends.addr, dst: ends.addr, dport: ends.port, proto: ends.proto, from_node: true, device: 0 };
-    match decide(&question, hash, tables) {
+    match decide(&question, client, hash, tables) {
         Decision::Forward(choice) => {
+            if choice.affinity {
+                note_client(client, &choice, tables);
+            }
             let pair = Pair {
                 frontend: ends.addr,
                 endpoint: choice.endpoint.addr,
@@ -93,6 +104,12 @@ pub fn translate<T: Tables>(ends: &mut Ends, hash: u32, connects: bool, pairs: &
         }
         Decision::Reject(reason) | Decision::Drop(reason) | Decision::Pass(reason) => reason,
     }
+}
+
+#[inline(never)]
+fn note_client<S: State>(client: &Addr, choice: &Choice, state: &mut S) {
+    let key = AffinityKey { client: *client, service: choice.service };
+    state.insert_affinity(&key, choice.id, choice.endpoint.generation);
 }
 
 #[inline(always)]
@@ -165,10 +182,11 @@ mod tests {
 
     use super::*;
     use crate::{
+        affinity::namespace_client,
         layout::{
             Endpoint, Frontend, FrontendKey, PrefixKey, Range, bit_index, endpoint_flags, frontend_flags, protocol,
         },
-        memory::Memory,
+        memory::Machine,
     };
 
     const NEW: Pairs = Pairs {
@@ -191,23 +209,24 @@ mod tests {
     }
 
     /// A frontend with endpoints of consecutive ids.
-    fn add(memory: &mut Memory, id: u32, frontend: &str, endpoints: &[&str], flags: u32) {
+    fn add(machine: &mut Machine, id: u32, frontend: &str, endpoints: &[&str], flags: u32) {
         let Ends { addr, port, proto } = ends(frontend);
         for (i, endpoint) in (id..).zip(endpoints) {
             let Ends { addr, port, .. } = ends(endpoint);
             let value = Endpoint { addr, port, flags: endpoint_flags::SERVING, service: id, generation: 1 };
-            memory.endpoints.insert(i, value);
-            memory.slots.insert(i, i);
+            machine.tables.endpoints.insert(i, value);
+            machine.tables.slots.insert(i, i);
         }
         let range = Range { offset: id, len: endpoints.len() as u32 };
-        let value = Frontend { internal: range, external: range, service: id, flags };
-        memory.frontends.insert(FrontendKey::new(addr, port, proto), value);
-        memory.frontend_bits.insert(bit_index(&addr, port));
+        let value = Frontend { internal: range, external: range, service: id, flags, ..Frontend::default() };
+        machine.tables.frontends.insert(FrontendKey::new(addr, port, proto), value);
+        machine.tables.frontend_bits.insert(bit_index(&addr, port));
     }
 
-    fn send(memory: &Memory, pairs: &mut Pairs, to: &str, hash: u32) -> (Ends, Reason) {
+    fn send(machine: &mut Machine, pairs: &mut Pairs, to: &str, hash: u32) -> (Ends, Reason) {
         let mut ends = ends(to);
-        let reason = translate(&mut ends, hash, false, pairs, memory);
+        let client = namespace_client(&ends.addr, 0);
+        let reason = translate(&mut ends, &client, hash, false, pairs, machine);
         (ends, reason)
     }
 
@@ -216,13 +235,13 @@ mod tests {
         for [service, one, two] in
             [["10.96.0.10:53", "10.244.1.1:53", "10.244.1.2:53"], ["[fd00:96::10]:53", "[fd00::1]:53", "[fd00::2]:53"]]
         {
-            let mut memory = Memory::default();
-            add(&mut memory, 1, service, &[one, two], 0);
+            let mut machine = Machine::default();
+            add(&mut machine, 1, service, &[one, two], 0);
             let mut pairs = NEW;
-            assert_eq!(send(&memory, &mut pairs, service, 0), (ends(one), Reason::NewFlow));
-            assert_eq!(send(&memory, &mut pairs, service, 1), (ends(one), Reason::Established));
-            memory.endpoints.get_mut(&1).unwrap().flags = 0;
-            assert_eq!(send(&memory, &mut pairs, service, 1), (ends(two), Reason::NewFlow));
+            assert_eq!(send(&mut machine, &mut pairs, service, 0), (ends(one), Reason::NewFlow));
+            assert_eq!(send(&mut machine, &mut pairs, service, 1), (ends(one), Reason::Established));
+            machine.tables.endpoints.get_mut(&1).unwrap().flags = 0;
+            assert_eq!(send(&mut machine, &mut pairs, service, 1), (ends(two), Reason::NewFlow));
             let frontend = ends(service);
             assert_eq!(restore(&ends(two).addr, ends(two).port, &pairs), Some((frontend.addr, frontend.port)));
             assert_eq!(restore(&ends(one).addr, ends(one).port, &pairs), None, "forgotten with its endpoint");
@@ -231,31 +250,34 @@ mod tests {
 
     #[test]
     fn every_connect_chooses_anew() {
-        let mut memory = Memory::default();
-        add(&mut memory, 1, "10.96.0.10:53", &["10.244.1.1:53", "10.244.1.2:53"], 0);
+        let mut machine = Machine::default();
+        add(&mut machine, 1, "10.96.0.10:53", &["10.244.1.1:53", "10.244.1.2:53"], 0);
         let mut pairs = NEW;
         for (hash, endpoint) in [(0, "10.244.1.1:53"), (1, "10.244.1.2:53"), (2, "10.244.1.1:53")] {
             let mut found = ends("10.96.0.10:53");
-            assert_eq!(translate(&mut found, hash, true, &mut pairs, &memory), Reason::NewFlow);
+            assert_eq!(
+                translate(&mut found, &Addr::UNSPECIFIED_V6, hash, true, &mut pairs, &mut machine),
+                Reason::NewFlow
+            );
             assert_eq!(found, ends(endpoint));
         }
     }
 
     #[test]
     fn the_pair_used_last_names_the_frontend_and_the_oldest_is_overwritten() {
-        let mut memory = Memory::default();
-        add(&mut memory, 1, "10.96.0.1:53", &["10.244.1.1:53"], 0);
-        add(&mut memory, 2, "10.96.0.2:53", &["10.244.1.1:53"], 0);
+        let mut machine = Machine::default();
+        add(&mut machine, 1, "10.96.0.1:53", &["10.244.1.1:53"], 0);
+        add(&mut machine, 2, "10.96.0.2:53", &["10.244.1.1:53"], 0);
         let mut pairs = NEW;
         let endpoint = ends("10.244.1.1:53");
         for to in ["10.96.0.1:53", "10.96.0.2:53", "10.96.0.1:53"] {
-            send(&memory, &mut pairs, to, 0);
+            send(&mut machine, &mut pairs, to, 0);
             assert_eq!(restore(&endpoint.addr, endpoint.port, &pairs), Some((ends(to).addr, ends(to).port)));
         }
         for i in 10..10 + PAIRS as u32 {
             let to = format!("10.96.1.{i}:53");
-            add(&mut memory, i, &to, &[&format!("10.244.2.{i}:53")], 0);
-            send(&memory, &mut pairs, &to, 0);
+            add(&mut machine, i, &to, &[&format!("10.244.2.{i}:53")], 0);
+            send(&mut machine, &mut pairs, &to, 0);
         }
         assert_eq!(restore(&endpoint.addr, endpoint.port, &pairs), None);
         let first = ends("10.244.2.10:53");
@@ -271,11 +293,58 @@ mod tests {
             ("not in the ranges", &["10.244.1.1:53"], frontend_flags::SOURCE_RANGES, None, Reason::SourceRange),
             ("the node is", &["10.244.1.1:53"], frontend_flags::SOURCE_RANGES, Some(vip), Reason::NewFlow),
         ] {
-            let mut memory = Memory::default();
-            add(&mut memory, 1, "1.2.3.4:53", endpoints, flags);
-            memory.source_ranges.extend(range.map(|addr| PrefixKey::host(1, addr)));
-            assert_eq!(send(&memory, &mut NEW.clone(), "1.2.3.4:53", 0).1, expected, "{name}");
+            let mut machine = Machine::default();
+            add(&mut machine, 1, "1.2.3.4:53", endpoints, flags);
+            machine.tables.source_ranges.extend(range.map(|addr| PrefixKey::host(1, addr)));
+            assert_eq!(send(&mut machine, &mut NEW.clone(), "1.2.3.4:53", 0).1, expected, "{name}");
         }
-        assert_eq!(send(&Memory::default(), &mut NEW.clone(), "1.2.3.4:53", 0).1, Reason::NotService);
+        assert_eq!(send(&mut Machine::default(), &mut NEW.clone(), "1.2.3.4:53", 0).1, Reason::NotService);
+    }
+
+    /// A frontend whose clients stay with their endpoint.
+    fn add_sticky(machine: &mut Machine, frontend: &str, endpoints: &[&str], timeout: u32) {
+        add(machine, 1, frontend, endpoints, 0);
+        machine.tables.endpoints.values_mut().for_each(|endpoint| endpoint.flags |= endpoint_flags::IN_CLUSTER);
+        machine.tables.frontends.values_mut().for_each(|frontend| frontend.affinity = timeout);
+    }
+
+    #[test]
+    fn sockets_of_a_namespace_are_one_client_and_datagrams_refresh_nothing() {
+        let services = [
+            ("10.96.0.10:53", ["10.244.1.1:53", "10.244.1.2:53"]),
+            ("[fd00:96::10]:53", ["[fd00::1]:53", "[fd00::2]:53"]),
+        ];
+        for (service, endpoints) in services {
+            let mut machine = Machine { now: 1000, ..Machine::default() };
+            add_sticky(&mut machine, service, &endpoints, 100);
+            let mut talker = NEW;
+            assert_eq!(send(&mut machine, &mut talker, service, 1), (ends(endpoints[1]), Reason::NewFlow));
+            // Another socket, another choice by chance: the same endpoint, and a new moment to count from.
+            machine.now += 80;
+            assert_eq!(send(&mut machine, &mut NEW.clone(), service, 0).0, ends(endpoints[1]));
+            for _ in 0..3 {
+                machine.now += 40;
+                assert_eq!(send(&mut machine, &mut talker, service, 0), (ends(endpoints[1]), Reason::Established));
+            }
+            assert_eq!(
+                send(&mut machine, &mut NEW.clone(), service, 0).0,
+                ends(endpoints[0]),
+                "{service}: the time is over"
+            );
+        }
+    }
+
+    #[test]
+    fn namespaces_are_clients_of_their_own() {
+        let mut machine = Machine::default();
+        add_sticky(&mut machine, "10.96.0.10:53", &["10.244.1.1:53", "10.244.1.2:53"], 100);
+        for (cookie, hash, endpoint) in
+            [(0, 0, "10.244.1.1:53"), (5, 1, "10.244.1.2:53"), (0, 1, "10.244.1.1:53"), (5, 0, "10.244.1.2:53")]
+        {
+            let mut found = ends("10.96.0.10:53");
+            let client = namespace_client(&found.addr, cookie);
+            translate(&mut found, &client, hash, true, &mut NEW.clone(), &mut machine);
+            assert_eq!(found, ends(endpoint), "{cookie}");
+        }
     }
 }

@@ -5,6 +5,7 @@
 
 use crate::{
     addr::{Addr, Port},
+    affinity::{Affinity, AffinityKey},
     flow::{Flow, FlowKey, FragmentKey, FragmentPorts},
     layout::{Device, Endpoint, Frontend, FrontendKey, NodeAddress},
 };
@@ -29,6 +30,10 @@ pub trait Tables {
     fn in_source_ranges(&self, service: u32, addr: &Addr) -> bool;
     /// Whether the address is in a ServiceCIDR.
     fn in_service_cidr(&self, addr: &Addr) -> bool;
+    /// The endpoint that a client was given last.
+    fn affinity(&self, key: &AffinityKey) -> Option<Affinity>;
+    /// The clock of [`Affinity::seen`]; wraps around.
+    fn ticks(&self) -> u32;
 }
 
 /// What the programs remember, beside the [`Tables`] that they are given.
@@ -45,6 +50,8 @@ pub trait State: Tables {
     fn confirm_flow(&mut self, key: &FlowKey, flow: &Flow);
     /// Forgets an entry.
     fn remove_flow(&mut self, key: &FlowKey);
+    /// Remembers which endpoint a client was given, now.
+    fn insert_affinity(&mut self, key: &AffinityKey, endpoint_id: u32, generation: u32);
     /// The ports of a fragmented packet whose first fragment was seen.
     fn fragment(&self, key: &FragmentKey) -> Option<FragmentPorts>;
     /// Remembers the ports of a first fragment.

@@ -8,6 +8,7 @@ use aya_ebpf::{
 };
 use lb_common::{
     addr::Addr,
+    affinity::{Affinity, AffinityKey},
     flow::{Flow, FlowKey, FragmentKey, FragmentPorts},
     layout::{BIT_WORDS, Device, Endpoint, Frontend, FrontendKey, NodeAddress, Settings},
     path::Scratch,
@@ -51,6 +52,9 @@ pub static FLOWS: LruHashMap<FlowKey, Flow, 65536> = LruHashMap::new();
 pub static NEW_FLOWS: LruHashMap<FlowKey, Flow, 16384> = LruHashMap::new();
 #[btf_map]
 pub static FRAGMENTS: LruHashMap<FragmentKey, FragmentPorts, 4096> = LruHashMap::new();
+/// Clients that stay with an endpoint.
+#[btf_map]
+pub static AFFINITIES: LruHashMap<AffinityKey, Affinity, 65536> = LruHashMap::new();
 /// By [`lb_common::reason::Reason`].
 #[btf_map]
 pub static COUNTERS: PerCpuArray<u64, REASONS> = PerCpuArray::new();

@@ -7,6 +7,7 @@ use aya_ebpf::{
 };
 use lb_common::{
     addr::{Addr, Port},
+    affinity::namespace_client,
     reason::Verdict,
     socket::{self, Ends, Pairs},
 };
@@ -98,8 +99,22 @@ fn rename(ctx: &SockAddrContext, family: Family, addr: &Addr, port: Port) {
 /// Whether the socket is one that is translated here.
 #[inline(always)]
 fn is_ours(ctx: &SockAddrContext) -> bool {
+    SOCKET_LB_ALL.load() != 0 || cookie(ctx) == NETNS_COOKIE.load()
+}
+
+/// The cookie of the socket's network namespace.
+#[inline(always)]
+fn cookie(ctx: &SockAddrContext) -> u64 {
     // SAFETY: a helper that takes the context.
-    SOCKET_LB_ALL.load() != 0 || unsafe { bpf_get_netns_cookie(ctx.sock_addr.cast()) } == NETNS_COOKIE.load()
+    unsafe { bpf_get_netns_cookie(ctx.sock_addr.cast()) }
+}
+
+/// Whom session affinity remembers. No address: the kernel chooses the source after the hook, by the route to where the hook
+/// sends the socket.
+#[inline(always)]
+fn client(ctx: &SockAddrContext, ends: &Ends) -> Addr {
+    let cookie = cookie(ctx);
+    namespace_client(&ends.addr, if cookie == NETNS_COOKIE.load() { 0 } else { cookie })
 }
 
 #[inline(always)]
@@ -161,9 +176,10 @@ fn apply(ctx: &SockAddrContext, family: Family, hash: u32, connects: bool) -> i3
 
 #[inline(never)]
 fn translate(ctx: &SockAddrContext, ends: &mut Ends, hash: u32, connects: bool) -> Verdict {
-    let maps = Maps::of_socket(ctx.sock_addr);
+    let mut maps = Maps::of_socket(ctx.sock_addr);
     let Some(pairs) = storage(ctx) else { return Verdict::Pass };
-    let reason = socket::translate(ends, hash, connects, pairs, &maps);
+    let client = client(ctx, ends);
+    let reason = socket::translate(ends, &client, hash, connects, pairs, &mut maps);
     Maps::count(reason);
     reason.verdict()
 }

@@ -7,6 +7,7 @@ use aya_ebpf::{
 };
 use lb_common::{
     addr::{Addr, Port},
+    affinity::{Affinity, AffinityKey, ticks_of_nanoseconds},
     flow::{Flow, FlowKey, FragmentKey, FragmentPorts},
     layout::{
         BIT_WORDS, Device, Endpoint, Frontend, FrontendKey, NodeAddress, bit_index, device_flags, settings_flags,
@@ -16,7 +17,7 @@ use lb_common::{
 };
 
 use crate::maps::{
-    COUNTERS, DEVICES, ENDPOINT_BITS, ENDPOINTS, FLOWS, FRAGMENTS, FRONTEND_BITS, FRONTENDS, LOCAL_CIDRS,
+    AFFINITIES, COUNTERS, DEVICES, ENDPOINT_BITS, ENDPOINTS, FLOWS, FRAGMENTS, FRONTEND_BITS, FRONTENDS, LOCAL_CIDRS,
     MASQUERADE_FIRST, MASQUERADE_PORTS, NEW_FLOWS, NODE_ADDRESSES, Prefix, REFUSALS, SERVICE_CIDRS, SETTINGS, SLOTS,
     SOURCE_RANGES,
 };
@@ -123,6 +124,18 @@ impl Tables for Maps {
         let cover = if addr.is_v4() { &settings.cidrs_v4 } else { &settings.cidrs_v6 };
         cover.holds(addr) && service_cidr(0, addr)
     }
+
+    #[inline(always)]
+    fn affinity(&self, key: &AffinityKey) -> Option<Affinity> {
+        // SAFETY: three words, each true by itself: what they name together is checked before it is used.
+        unsafe { AFFINITIES.get(key) }.copied()
+    }
+
+    #[inline(always)]
+    fn ticks(&self) -> u32 {
+        // SAFETY: a helper without arguments.
+        ticks_of_nanoseconds(unsafe { bpf_ktime_get_coarse_ns() })
+    }
 }
 
 impl State for Maps {
@@ -165,6 +178,12 @@ impl State for Maps {
     fn remove_flow(&mut self, key: &FlowKey) {
         let _ = FLOWS.remove(key);
         let _ = NEW_FLOWS.remove(key);
+    }
+
+    #[inline(always)]
+    fn insert_affinity(&mut self, key: &AffinityKey, endpoint_id: u32, generation: u32) {
+        let affinity = Affinity { endpoint_id, generation, seen: self.ticks() };
+        let _ = AFFINITIES.insert(key, &affinity, 0);
     }
 
     #[inline(always)]

@@ -234,11 +234,14 @@ impl Image {
             .endpoints
             .iter()
             .map(|planned| {
-                let local = if planned.local { endpoint_flags::LOCAL } else { 0 };
+                let flag = |is: bool, flag: u16| if is { flag } else { 0 };
                 let endpoint = Endpoint {
                     addr: planned.addr.into(),
                     port: Port::new(planned.port),
-                    flags: endpoint_flags::SERVING | local,
+                    flags: endpoint_flags::SERVING
+                        | flag(planned.local, endpoint_flags::LOCAL)
+                        | flag(planned.eligible.cluster, endpoint_flags::IN_CLUSTER)
+                        | flag(planned.eligible.local, endpoint_flags::IN_LOCAL),
                     service: state.id,
                     generation: 0,
                 };
@@ -262,6 +265,7 @@ impl Image {
                 external: self.write_range(&mut state, &content(&planned.external, &ids), writes),
                 service: state.id,
                 flags: planned.flags,
+                affinity: plan.affinity,
             };
             state.frontends.get_or_insert_with(planned.key, || ());
             self.write_frontend(planned.key, frontend, writes);

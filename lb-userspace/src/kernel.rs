@@ -68,6 +68,8 @@ pub struct Options {
     pub socket_lb: SocketLb,
     /// How many connections are remembered; only a new flow table obeys.
     pub flows: u32,
+    /// How many clients stay with an endpoint; only a new table obeys.
+    pub affinities: u32,
     /// First port that masquerading may take.
     pub masquerade_first: u32,
     /// How many ports from there on.
@@ -82,6 +84,7 @@ impl Default for Options {
             attach: Attach::default(),
             socket_lb: SocketLb::default(),
             flows: object::default_flows(),
+            affinities: object::DEFAULT_AFFINITIES,
             masquerade_first: 61_000,
             masquerade_ports: 4_096,
         }
@@ -147,14 +150,19 @@ impl Kernel {
             }
         }
         for name in object::FLOW_MAPS {
-            if let Some(map) = object::open_flow_map(&folder.flows(), name)?
-                && name == "FLOWS"
-                && map.shape().max_entries / 2 != options.flows
-            {
+            let Some(map) = object::open_flow_map(&folder.flows(), name)? else { continue };
+            let room = map.shape().max_entries;
+            let (size, wanted) = match name {
+                "FLOWS" => (room / 2, options.flows),
+                "AFFINITIES" => (room, options.affinities),
+                _ => continue,
+            };
+            if size != wanted {
                 warn!(
-                    flows = map.shape().max_entries / 2,
-                    wanted = options.flows,
-                    "the flow table keeps the size that it was made with; `fairlead cleanup` and a new start change it"
+                    map = name,
+                    size,
+                    wanted,
+                    "the table keeps the size that it was made with; `fairlead cleanup` and a new start change it"
                 );
             }
         }

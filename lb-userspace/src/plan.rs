@@ -131,6 +131,8 @@ pub struct PortPlan {
     pub frontends: Vec<PlannedFrontend>,
     /// Who may connect, where a frontend says SOURCE_RANGES.
     pub source_ranges: BTreeSet<IpNet>,
+    /// Seconds for which a client stays with its endpoint; 0: it doesn't.
+    pub affinity: u32,
 }
 
 /// An endpoint of a Service port.
@@ -141,6 +143,17 @@ pub struct PlannedEndpoint {
     /// Its port.
     pub port: u16,
     /// Whether it runs on this node.
+    pub local: bool,
+    /// Whether policy Cluster may choose it, and policy Local. Both are false without session affinity: nobody asks then.
+    pub eligible: Eligible,
+}
+
+/// The sets that an endpoint is in, as session affinity asks for them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Eligible {
+    /// What policy Cluster chooses from.
+    pub cluster: bool,
+    /// What policy Local chooses from.
     pub local: bool,
 }
 

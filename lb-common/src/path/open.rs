@@ -3,6 +3,7 @@
 use super::{Action, Hook};
 use crate::{
     addr::{Addr, Port},
+    affinity::AffinityKey,
     decide::{Choice, Decision, Question, decide},
     flow::{Flow, FlowKey, Kind, flow_flags, state, tcp_flags},
     hash,
@@ -42,7 +43,7 @@ pub(super) fn open<S: State>(
     let headers = core::hint::black_box(headers);
     let mid_flow = headers.proto == protocol::TCP && headers.tcp & (tcp_flags::SYN | tcp_flags::ACK) != tcp_flags::SYN;
     let question = core::hint::black_box(question);
-    match decide(question, hash, state) {
+    match decide(question, &question.src, hash, state) {
         Decision::Forward(choice) => {
             if matches!(headers.part, Part::Later) {
                 return Action::Drop(Reason::FragmentWithoutFirst);
@@ -78,7 +79,7 @@ fn is_foreign<S: State>(headers: &Headers, state: &mut S) -> bool {
 /// The entry of a new connection.
 #[inline(always)]
 fn make(flow: &mut Flow, headers: &Headers, choice: &Choice, now: u32) {
-    let Choice { id, endpoint, service, masquerade, .. } = choice;
+    let Choice { id, endpoint, service, masquerade, affinity, .. } = choice;
     *flow = Flow {
         client: headers.src,
         frontend: headers.dst,
@@ -91,7 +92,8 @@ fn make(flow: &mut Flow, headers: &Headers, choice: &Choice, now: u32) {
         node_port: Port::ZERO,
         state: 0,
         flags: if *masquerade { flow_flags::MASQUERADE } else { 0 }
-            | if choice.flags & frontend_flags::NODE_PORT != 0 { flow_flags::NODE_PORT } else { 0 },
+            | if choice.flags & frontend_flags::NODE_PORT != 0 { flow_flags::NODE_PORT } else { 0 }
+            | if *affinity { flow_flags::AFFINITY } else { 0 },
         endpoint_id: *id,
         generation: endpoint.generation,
         service: *service,
@@ -122,6 +124,9 @@ pub(super) fn establish<P: Packet, S: State>(
     if !remember(flow, headers.proto, state) {
         return Action::Drop(Reason::FlowTableFull);
     }
+    if flow.flags & flow_flags::AFFINITY != 0 && !is_mid_flow(headers) {
+        note_client(flow, state);
+    }
     let shifted = flow.forwarded_port.be == headers.sport.be
         || rewrite_port(packet, headers, Side::Source, flow.forwarded_port).is_some();
     if !shifted || rewrite(packet, headers, Side::Destination, &flow.endpoint, flow.endpoint_port).is_none() {
@@ -129,6 +134,13 @@ pub(super) fn establish<P: Packet, S: State>(
     }
     let reason = if is_mid_flow(headers) { Reason::MidFlow } else { Reason::NewFlow };
     if flow.bridge == 0 { Action::Next(reason) } else { Action::Bridge(flow.bridge, reason) }
+}
+
+/// Keeps in mind which endpoint the client has.
+#[inline(never)]
+fn note_client<S: State>(flow: &Flow, state: &mut S) {
+    let key = AffinityKey { client: flow.client, service: flow.service };
+    state.insert_affinity(&key, flow.endpoint_id, flow.generation);
 }
 
 /// Makes the entries of a connection, from another source port where the client's is taken: a live connection of the same

@@ -1,6 +1,8 @@
 //! The way there and back through both hooks, on a [`Machine`].
 #![expect(clippy::wildcard_enum_match_arm, reason = "what else there is is a failure")]
 
+mod affinity;
+
 use core::net::{IpAddr, SocketAddr};
 
 use etherparse::{NetSlice, PacketBuilder, SlicedPacket, TransportSlice};
@@ -79,7 +81,9 @@ fn add_service(machine: &mut Machine, id: u32, service: SocketAddr, endpoints: &
     let range = Range { offset, len: endpoints.len() as u32 };
     for proto in [protocol::TCP, protocol::UDP] {
         let key = FrontendKey::new(service.ip().into(), Port::new(service.port()), proto);
-        tables.frontends.insert(key, Frontend { internal: range, external: range, service: id, flags });
+        tables
+            .frontends
+            .insert(key, Frontend { internal: range, external: range, service: id, flags, ..Frontend::default() });
         tables.frontend_bits.insert(bit_index(&key.addr, key.port));
     }
 }

@@ -9,7 +9,7 @@ use tracing_subscriber::EnvFilter;
 use super::{explain::read_config, pins::Folder};
 use crate::{
     agent,
-    kernel::{self, Attach, SocketLb},
+    kernel::{self, Attach, SocketLb, object::DEFAULT_AFFINITIES},
     plan::node::{NodeOptions, ProxyMode},
 };
 
@@ -48,6 +48,9 @@ pub struct RunArgs {
     /// How many connections are remembered; kube-proxy's defaults for conntrack where nothing is said, at most 524288
     #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(u32).range(1024..))]
     flows: Option<u32>,
+    /// How many clients of Services with session affinity are remembered, once for each Service port that they use
+    #[arg(long, value_name = "NUMBER", default_value_t = DEFAULT_AFFINITIES, value_parser = clap::value_parser!(u32).range(1024..))]
+    affinities: u32,
     /// Ports that masqueraded connections leave by
     #[arg(long, value_name = "FIRST-LAST", default_value = "61000-65095", value_parser = ports)]
     masquerade_ports: (u32, u32),
@@ -134,6 +137,7 @@ pub fn run(args: RunArgs) -> Result<()> {
                 SocketLbArg::All => SocketLb::All,
                 SocketLbArg::Off => SocketLb::Off,
             },
+            affinities: args.affinities,
             flows: args.flows.unwrap_or_else(|| kernel::Options::default().flows),
             masquerade_first,
             masquerade_ports,

@@ -1,6 +1,7 @@
 use std::{net::IpAddr, sync::Arc};
 
 use lb_common::{
+    affinity::{Affinity, AffinityKey},
     decide::{Class, Question, classify, select},
     layout::{
         NodeAddress,
@@ -15,7 +16,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::{
     model::{ObjectName, object::Protocol},
-    plan::{PlannedEndpoint, PlannedFrontend, Planner, ServicePlan},
+    plan::{Eligible, PlannedEndpoint, PlannedFrontend, Planner, ServicePlan},
 };
 
 const NODE: [u8; 4] = [192, 168, 0, 2];
@@ -35,17 +36,20 @@ struct Sketch {
     shared_node_port: bool,
     restricted: Option<bool>,
     second_port: bool,
+    /// With a timeout of so many seconds.
+    affinity: Option<u8>,
 }
 
 fn sketch() -> impl Strategy<Value = Sketch> {
     let endpoints = prop::collection::btree_map(1..9_u8, prop::bool::weighted(0.8), 0..6);
-    (endpoints, any::<bool>(), any::<bool>(), any::<Option<bool>>(), any::<bool>()).prop_map(
-        |(endpoints, local, shared_node_port, restricted, second_port)| Sketch {
+    (endpoints, any::<bool>(), any::<bool>(), any::<Option<bool>>(), any::<bool>(), any::<Option<u8>>()).prop_map(
+        |(endpoints, local, shared_node_port, restricted, second_port, affinity)| Sketch {
             endpoints,
             local,
             shared_node_port,
             restricted,
             second_port,
+            affinity,
         },
     )
 }
@@ -55,11 +59,16 @@ fn name(service: u8, port: &str) -> PortName {
 }
 
 fn plan_port(service: u8, port: &str, number: u16, sketch: &Sketch) -> PortPlan {
-    let endpoint = |octet: &u8| PlannedEndpoint {
+    let affinity = sketch.affinity.map_or(0, u32::from);
+    let endpoint = |(octet, chosen): (&u8, &bool)| PlannedEndpoint {
         addr: [10, 0, 0, *octet].into(),
         port: 8080,
         // Endpoints of one address in several Services are endpoints of each.
         local: octet.is_multiple_of(2),
+        eligible: Eligible {
+            cluster: affinity != 0 && *chosen,
+            local: affinity != 0 && *chosen && octet.is_multiple_of(2),
+        },
     };
     let chosen = |wanted: &dyn Fn(u8) -> bool| -> Arc<[u32]> {
         let places = sketch.endpoints.iter().enumerate();
@@ -82,9 +91,10 @@ fn plan_port(service: u8, port: &str, number: u16, sketch: &Sketch) -> PortPlan 
     let range = |outside: bool| if outside { "203.0.113.0/24" } else { "10.0.0.0/8" };
     PortPlan {
         name: name(service, port),
-        endpoints: sketch.endpoints.keys().map(endpoint).collect(),
+        endpoints: sketch.endpoints.iter().map(endpoint).collect(),
         frontends,
         source_ranges: sketch.restricted.iter().map(|outside| range(*outside).parse().unwrap()).collect(),
+        affinity,
     }
 }
 
@@ -127,6 +137,12 @@ impl Tables for Admitting<'_> {
     fn in_service_cidr(&self, addr: &Addr) -> bool {
         self.0.in_service_cidr(addr)
     }
+    fn affinity(&self, key: &AffinityKey) -> Option<Affinity> {
+        self.0.affinity(key)
+    }
+    fn ticks(&self) -> u32 {
+        self.0.ticks()
+    }
 }
 
 fn questions() -> impl Iterator<Item = Question> {
@@ -157,11 +173,28 @@ fn verdict(memory: &Memory, question: &Question) -> String {
             assert_ne!(endpoint.flags, 0, "a frontend names an endpoint that is gone");
             assert_eq!(endpoint.service, forward.service);
             assert!(tables.may_be_endpoint(&endpoint.addr, endpoint.port));
-            (IpAddr::from(endpoint.addr), endpoint.port.number(), endpoint.flags)
+            let stays = endpoint.flags & (endpoint_flags::SERVING | endpoint_flags::LOCAL);
+            (IpAddr::from(endpoint.addr), endpoint.port.number(), stays)
         })
         .collect();
     let service = service_name(&memory.services[&forward.service]).unwrap();
-    format!("{service} {:x} {} {endpoints:?}", forward.flags, forward.masquerade)
+    format!("{service} {:x} {} {} {endpoints:?}", forward.flags, forward.masquerade, forward.affinity)
+}
+
+/// A client stays with exactly the endpoints that it could be given anew.
+fn assert_clients_stay_where_they_may_go(memory: &Memory) {
+    for question in questions() {
+        let Class::Forward(forward) = classify(&question, &Admitting(memory)) else { continue };
+        let chosen: BTreeSet<u32> =
+            (0..forward.range.len).map(|hash| select(&forward.range, hash, memory).unwrap().0).collect();
+        let stays = |id: &u32, endpoint: &Endpoint| {
+            let affinity = Affinity { endpoint_id: *id, generation: endpoint.generation, seen: 0 };
+            affinity.holds(endpoint, &forward.wanted(), 0)
+        };
+        let staying = memory.endpoints.iter().filter(|(id, endpoint)| stays(id, endpoint)).map(|(id, _)| *id).collect();
+        let expected = if forward.affinity == 0 { BTreeSet::new() } else { chosen };
+        assert_eq!(expected, staying, "{question:?}");
+    }
 }
 
 fn view(memory: &Memory) -> Vec<String> {
@@ -230,6 +263,7 @@ proptest! {
                 }
             }
             prop_assert_eq!(&kernel, image.memory(), "the writes are the whole change");
+            assert_clients_stay_where_they_may_go(&kernel);
             prop_assert_eq!(&new, &view(scratch(&planner).memory()), "the way there leaves no trace");
             prop_assert_eq!(image.apply(&everything(&planner), now), []);
             prop_assert!(image.required().slots <= 8 * scratch(&planner).required().slots + 256);
@@ -281,6 +315,7 @@ proptest! {
                 }
             }
             prop_assert_eq!(&kernel, image.memory());
+            assert_clients_stay_where_they_may_go(&kernel);
             prop_assert_eq!(view(&kernel), new);
         }
     }
@@ -327,6 +362,7 @@ fn web(octets: &[u8]) -> Sketch {
         shared_node_port: false,
         restricted: None,
         second_port: false,
+        affinity: None,
     }
 }
 

@@ -12,6 +12,7 @@ use aya::{
 };
 use lb_common::{
     addr::Addr,
+    affinity::{Affinity, AffinityKey},
     flow::{Flow, FlowKey, FragmentKey, FragmentPorts},
     layout::{BIT_WORDS, Device, Endpoint, Frontend, FrontendKey, NodeAddress, PrefixKey, ServiceName, Settings},
     memory::Memory,
@@ -123,14 +124,15 @@ impl Table {
 }
 
 /// Flow state: maps that programs write, which keep their size and their content for life.
-pub const FLOW_MAPS: [&str; 5] = ["FLOWS", "NEW_FLOWS", "FRAGMENTS", "COUNTERS", "SOCKETS"];
+pub const FLOW_MAPS: [&str; 6] = ["FLOWS", "NEW_FLOWS", "FRAGMENTS", "AFFINITIES", "COUNTERS", "SOCKETS"];
 
-const fn flow_shape(name: &str, flows: u32) -> MapShape {
+const fn flow_shape(name: &str, flows: u32, affinities: u32) -> MapShape {
     let lru = map_type::LRU_HASH;
     match name.as_bytes() {
         b"FLOWS" => shape::<FlowKey, Flow>(lru, 2 * flows),
         b"NEW_FLOWS" => shape::<FlowKey, Flow>(lru, flows / 2),
         b"FRAGMENTS" => shape::<FragmentKey, FragmentPorts>(lru, 4096),
+        b"AFFINITIES" => shape::<AffinityKey, Affinity>(lru, affinities),
         b"COUNTERS" => shape::<u32, u64>(map_type::PERCPU_ARRAY, REASONS as u32),
         _ => shape::<u32, Pairs>(map_type::SK_STORAGE, 0),
     }
@@ -154,6 +156,9 @@ pub fn default_flows() -> u32 {
     let cpus = thread::available_parallelism().map_or(1, |cpus| u32::try_from(cpus.get()).unwrap_or(u32::MAX));
     cpus.saturating_mul(32_768).clamp(131_072, 524_288)
 }
+
+/// How many clients are remembered, each for each Service port that it uses: 104 bytes an entry, allocated in full, 7 MB.
+pub const DEFAULT_AFFINITIES: u32 = 65_536;
 
 /// How many entries each table must have room for.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -351,7 +356,7 @@ fn relocate(
         }
     }
     for name in FLOW_MAPS {
-        let entries = flow_shape(name, options.flows).max_entries;
+        let entries = flow_shape(name, options.flows, options.affinities).max_entries;
         if entries > 0 {
             loader.map_max_entries(name, entries);
         }
@@ -445,7 +450,7 @@ pub fn open_table(generation: &Path, table: Table) -> Result<Option<Map>> {
 
 /// Opens a map of flow state, in the same way.
 pub fn open_flow_map(flows: &Path, name: &str) -> Result<Option<Map>> {
-    open(&flows.join(name), flow_shape(name, 0))
+    open(&flows.join(name), flow_shape(name, 0, 0))
 }
 
 fn open(path: &Path, wanted: MapShape) -> Result<Option<Map>> {

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
 use lb_common::{
+    affinity::{Affinity, AffinityKey},
     flow::{Flow, FlowKey},
     memory::Memory,
 };
@@ -60,6 +61,14 @@ impl Pinned {
         read_flows(&self.flows, each)
     }
 
+    /// Every client that stays with an endpoint.
+    pub fn affinities(&self, mut each: impl FnMut(AffinityKey, Affinity)) -> Result<()> {
+        self.flow_map("AFFINITIES")?
+            .read(|key, affinity| each(value_of(key), value_of(affinity)))
+            .context("cannot read map AFFINITIES")?;
+        Ok(())
+    }
+
     /// The counters, by [`lb_common::reason::Reason`], summed over the CPUs.
     pub fn counters(&self) -> Result<Vec<u64>> {
         let mut counters = Vec::new();
@@ -81,7 +90,8 @@ impl Pinned {
         let mut fill = self.store.fill()?;
         for name in FLOW_MAPS {
             let map = self.flow_map(name)?;
-            let used = if matches!(name, "FLOWS" | "NEW_FLOWS" | "FRAGMENTS") { count(&map)? } else { 0 };
+            let used =
+                if matches!(name, "FLOWS" | "NEW_FLOWS" | "FRAGMENTS" | "AFFINITIES") { count(&map)? } else { 0 };
             fill.push(Fill { name, id: map.shape().id, used, room: map.shape().max_entries });
         }
         Ok(fill)

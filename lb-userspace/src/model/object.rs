@@ -21,6 +21,9 @@ pub const HEADLESS: &str = "service.kubernetes.io/headless";
 /// The label that names the Service of an EndpointSlice.
 pub const SERVICE_NAME: &str = "kubernetes.io/service-name";
 
+/// The longest timeout of session affinity that the API allows, a day.
+pub const MAX_AFFINITY_SECONDS: u32 = 86_400;
+
 /// `namespace/name`; the namespace is empty for objects without one.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ObjectName {

@@ -260,6 +260,7 @@ mod tests {
             endpoints: Vec::new(),
             frontends: ports.iter().map(frontend).collect(),
             source_ranges: BTreeSet::new(),
+            affinity: 0,
         };
         let any_port = vec![Addr::UNSPECIFIED_V6];
         (service, Some(ServicePlan { ports: vec![port], any_port, local_ready: 0 }))

@@ -11,18 +11,19 @@ use std::{
 use ipnet::IpNet;
 use lb_common::{
     addr::{Addr, Port},
+    affinity::DEFAULT_TIMEOUT,
     layout::{FrontendKey, frontend_flags},
 };
 
 use super::{
-    Backend, NodeView, PlannedEndpoint, PlannedFrontend, PortName, PortPlan, Problem, ServicePlan,
+    Backend, Eligible, NodeView, PlannedEndpoint, PlannedFrontend, PortName, PortPlan, Problem, ServicePlan,
     address::{host, same_family},
     topology::{Sets, categorize, is_local},
 };
 use crate::model::{
     Service,
     address::{parse_cidr, parse_ip},
-    object::{ServicePort, ServiceType, TrafficPolicy},
+    object::{MAX_AFFINITY_SECONDS, ServicePort, ServiceType, SessionAffinity, TrafficPolicy},
 };
 
 /// What this node does for a Service; nothing for one that isn't ours (hidden by label, ExternalName, headless).
@@ -36,7 +37,9 @@ pub fn plan_service(service: &Service, backends: &[Backend], node: &NodeView) ->
     if families.is_empty() {
         return (None, reader.problems);
     }
-    let ports = service.spec.ports.iter().map(|port| plan_port(service, port, &families, backends, node)).collect();
+    let affinity = reader.affinity();
+    let ports =
+        service.spec.ports.iter().map(|port| plan_port(service, port, &families, affinity, backends, node)).collect();
     let local_ready: BTreeSet<IpAddr> = backends
         .iter()
         .filter(|backend| backend.ready && is_local(backend, node))
@@ -155,6 +158,23 @@ impl Reader<'_> {
         found
     }
 
+    /// Seconds for which a client stays with its endpoint; 0 without session affinity.
+    fn affinity(&mut self) -> u32 {
+        let spec = &self.service.spec;
+        if spec.session_affinity == SessionAffinity::None {
+            return 0;
+        }
+        let config = spec.session_affinity_config.as_ref().and_then(|config| config.client_ip.as_ref());
+        let seconds = config.and_then(|config| config.timeout_seconds).unwrap_or(DEFAULT_TIMEOUT);
+        if (1..=MAX_AFFINITY_SECONDS).contains(&seconds) {
+            return seconds;
+        }
+        let field = "spec.sessionAffinityConfig.clientIP.timeoutSeconds".to_owned();
+        let message = format!("{seconds} is out of range, clients are remembered for {DEFAULT_TIMEOUT} seconds");
+        self.report(field, message, "write 1 to 86400");
+        DEFAULT_TIMEOUT
+    }
+
     fn report(&mut self, field: String, message: String, remedy: &str) {
         let object = format!("Service {}", self.service.metadata.namespaced());
         self.problems.push(Problem { object, field, message, remedy: remedy.to_owned() });
@@ -165,6 +185,7 @@ fn plan_port(
     service: &Service,
     port: &ServicePort,
     families: &[Family],
+    affinity: u32,
     backends: &[Backend],
     node: &NodeView,
 ) -> PortPlan {
@@ -172,6 +193,15 @@ fn plan_port(
         PortName { service: service.metadata.namespaced(), port: port.name.as_str().into(), protocol: port.protocol };
     let backends = backends_of(port, backends);
     let staying: Vec<&Backend> = backends.iter().copied().filter(|backend| backend.ready || backend.serving).collect();
+    let mut endpoints: Vec<PlannedEndpoint> = staying
+        .iter()
+        .map(|backend| PlannedEndpoint {
+            addr: backend.addr,
+            port: backend.port,
+            local: is_local(backend, node),
+            eligible: Eligible::default(),
+        })
+        .collect();
     let mut frontends = BTreeMap::new();
     let mut source_ranges = BTreeSet::new();
     for family in families {
@@ -179,19 +209,14 @@ fn plan_port(
             backends.iter().copied().filter(|backend| same_family(&backend.addr, &family.cluster_ip)).collect();
         let choices = Choices::new(service, categorize(&of_family, node), &staying);
         add_frontends(&mut frontends, port, family, &choices, node);
+        if affinity != 0 {
+            choices.mark(&mut endpoints);
+        }
         if !family.load_balancer.is_empty() {
             source_ranges.extend(&family.source_ranges);
         }
     }
-    PortPlan {
-        name,
-        endpoints: staying
-            .iter()
-            .map(|backend| PlannedEndpoint { addr: backend.addr, port: backend.port, local: is_local(backend, node) })
-            .collect(),
-        frontends: frontends.into_values().collect(),
-        source_ranges,
-    }
+    PortPlan { name, endpoints, frontends: frontends.into_values().collect(), source_ranges, affinity }
 }
 
 /// The backends of a Service port, in the order of address and port, each once: one that stays beats one that goes.
@@ -234,6 +259,19 @@ impl Choices {
         }
     }
 
+    /// Tells the endpoints which sets they are in.
+    fn mark(&self, endpoints: &mut [PlannedEndpoint]) {
+        let mut mark = |indices: &[u32], set: fn(&mut Eligible)| {
+            for index in indices {
+                if let Some(endpoint) = usize::try_from(*index).ok().and_then(|index| endpoints.get_mut(index)) {
+                    set(&mut endpoint.eligible);
+                }
+            }
+        };
+        mark(&self.cluster, |eligible| eligible.cluster = true);
+        mark(&self.local, |eligible| eligible.local = true);
+    }
+
     /// Ranges and flags of a ClusterIP.
     fn inside(&self, detects_local: bool, node: &NodeView) -> (Arc<[u32]>, Arc<[u32]>, u32) {
         let masquerade = if node.masquerade_all {
@@ -245,7 +283,8 @@ impl Choices {
         };
         if self.internal_local {
             let drops = if self.has_any { frontend_flags::INTERNAL_DROP } else { 0 };
-            (self.local.clone(), self.local.clone(), frontend_flags::CLUSTER_IP | masquerade | drops)
+            let flags = frontend_flags::CLUSTER_IP | frontend_flags::INTERNAL_LOCAL | masquerade | drops;
+            (self.local.clone(), self.local.clone(), flags)
         } else {
             (self.cluster.clone(), self.cluster.clone(), frontend_flags::CLUSTER_IP | masquerade)
         }

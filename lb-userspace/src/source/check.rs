@@ -8,11 +8,8 @@ use std::collections::BTreeSet;
 use crate::model::{
     FieldError, Node, Service, ServiceCidr,
     address::{parse_cidr, parse_ip},
-    object::ServiceType,
+    object::{MAX_AFFINITY_SECONDS, ServiceType},
 };
-
-/// The longest affinity that the API allows, a day.
-const MAX_AFFINITY_SECONDS: u32 = 86_400;
 
 /// What is wrong with a Service.
 pub(super) fn service(service: &Service) -> Vec<FieldError> {

@@ -108,7 +108,9 @@ fn verdict(memory: &Memory, question: &Question) -> Expect {
             let mut masqueraded = BTreeSet::new();
             for hash in 0..forward.range.len {
                 let (id, endpoint) = select(&forward.range, hash, memory).unwrap();
-                let Decision::Forward(choice) = decide(question, hash, memory) else { panic!("{forward:?}") };
+                let Decision::Forward(choice) = decide(question, &question.src, hash, memory) else {
+                    panic!("{forward:?}")
+                };
                 assert_eq!((choice.id, &choice.endpoint), (id, endpoint));
                 let text = SocketAddr::new(endpoint.addr.into(), endpoint.port.number()).to_string();
                 if choice.masquerade {

@@ -24,7 +24,7 @@ fn addr(number: u32) -> Addr {
 fn frontend(number: u32) -> Write {
     let key = FrontendKey::new(addr(number), Number::new(80), 6);
     let range = Range { offset: number % 3, len: 1 };
-    Write::Frontend(key, Frontend { internal: range, external: range, service: number, flags: 0 })
+    Write::Frontend(key, Frontend { internal: range, external: range, service: number, ..Frontend::default() })
 }
 
 fn prefix(service: u32, number: u32) -> PrefixKey {

@@ -1,5 +1,5 @@
 use super::*;
-use crate::model::object::{LoadBalancerIngress, Protocol};
+use crate::model::object::{ClientIpConfig, LoadBalancerIngress, Protocol, SessionAffinityConfig};
 use crate::plan::Detected;
 
 fn service(edit: impl FnOnce(&mut Service)) -> Service {
@@ -166,4 +166,54 @@ fn what_cannot_be_read_is_reported_and_the_rest_is_planned() {
         ]
     );
     assert!(problems.iter().all(|problem| problem.object == "Service shop/web"));
+}
+
+#[test]
+fn clients_stay_for_three_hours_or_as_long_as_the_service_says() {
+    let config = |seconds| {
+        let client_ip = Some(ClientIpConfig { timeout_seconds: seconds });
+        Some(SessionAffinityConfig { client_ip })
+    };
+    for (affinity, config, expected, problems) in [
+        (SessionAffinity::None, config(Some(10)), 0, 0),
+        (SessionAffinity::ClientIP, None, 10_800, 0),
+        (SessionAffinity::ClientIP, Some(SessionAffinityConfig::default()), 10_800, 0),
+        (SessionAffinity::ClientIP, config(None), 10_800, 0),
+        (SessionAffinity::ClientIP, config(Some(1)), 1, 0),
+        (SessionAffinity::ClientIP, config(Some(86_400)), 86_400, 0),
+        (SessionAffinity::ClientIP, config(Some(0)), 10_800, 1),
+        (SessionAffinity::ClientIP, config(Some(86_401)), 10_800, 1),
+    ] {
+        let service = service(|s| {
+            (s.spec.session_affinity, s.spec.session_affinity_config) = (affinity, config.clone());
+        });
+        let (plan, found) = plan_service(&service, &[], &node());
+        assert_eq!((plan.unwrap().ports[0].affinity, found.len()), (expected, problems), "{affinity:?} {config:?}");
+    }
+}
+
+#[test]
+fn endpoints_know_the_sets_that_affinity_asks_for() {
+    let backends = [
+        backend("10.0.0.1", "here"),
+        Backend { ready: false, terminating: true, ..backend("10.0.0.2", "here") },
+        backend("10.0.0.3", "there"),
+        Backend { ready: false, ..backend("fd00::1", "here") },
+        Backend { ready: false, terminating: true, ..backend("fd00::2", "there") },
+    ];
+    let sets = |affinity| {
+        let service = service(|s| {
+            s.spec.session_affinity = affinity;
+            s.spec.cluster_ips.push("fd00:30::41".into());
+        });
+        let plan = plan_service(&service, &backends, &node()).0.unwrap();
+        plan.ports[0].endpoints.iter().map(|it| (it.eligible.cluster, it.eligible.local)).collect::<Vec<_>>()
+    };
+    let (both, cluster, none) = ((true, true), (true, false), (false, false));
+    assert_eq!(
+        sets(SessionAffinity::ClientIP),
+        [both, none, cluster, none, cluster],
+        "also by the terminating fallback"
+    );
+    assert_eq!(sets(SessionAffinity::None), [none; 5]);
 }
