@@ -8,7 +8,6 @@ pub mod report;
 
 use std::{
     net::IpAddr,
-    path::PathBuf,
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
@@ -36,7 +35,7 @@ use crate::{
     model::Kind,
     pipeline::Pipeline,
     plan::node::NodeOptions,
-    source::{Manifests, Problem, Update},
+    source::{Place, Problem, Source, Update},
 };
 
 /// How often bits that no flow can name any more are looked for.
@@ -47,8 +46,8 @@ const RETRY: Duration = Duration::from_secs(1);
 /// What the operator says.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// The folder of manifests.
-    pub manifests: PathBuf,
+    /// Where Services and endpoints come from.
+    pub source: Place,
     /// The node's name.
     pub node: String,
     /// What of kube-proxy's configuration concerns the node.
@@ -61,12 +60,12 @@ pub struct Options {
 ///
 /// # Errors
 ///
-/// When the kernel or the folder refuses something without which nothing can be done. What fails later is said and tried
+/// When the kernel or the source refuses something without which nothing can be done. What fails later is said and tried
 /// again.
 pub async fn run(options: Options) -> Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
-    let mut source = Manifests::open(&options.manifests)?;
+    let mut source = Source::open(&options.source).await?;
     let mut watch = Watch::open()?;
     let mut agent = Agent::open(&options)?;
     let mut door = Door::open(&options.kernel.bpffs)?;
@@ -82,7 +81,7 @@ pub async fn run(options: Options) -> Result<()> {
             update = source.next() => match update {
                 Some(update) if update.first => agent.begin(update, watch.snapshot())?,
                 Some(update) => agent.take(update),
-                None => bail!("the folder of manifests can't be watched any more"),
+                None => bail!("the source of Services can't be watched any more"),
             },
             (question, answer) = door.next() => answer.send(agent.answer(question)),
             () = sleep_until(agent.alarm) => agent.wake(),
