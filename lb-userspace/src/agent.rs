@@ -401,6 +401,7 @@ impl Agent {
         .map(|(name, kind)| (name.to_owned(), count(kind)))
         .into();
         report.devices = self.snapshot.links.values().map(|link| (link.ifindex, link.name.clone())).collect();
+        report.bridges = self.snapshot.bridges();
         report.problems = self.pipeline.problems().iter().map(ToString::to_string).collect();
         report.problems.extend(self.report.source_problems.iter().map(Problem::to_string));
         report.problems.extend(self.failed.iter().map(|text| format!("tables: {text}")));
@@ -408,6 +409,7 @@ impl Agent {
         report.problems.extend(self.sockets_failed.iter().map(|text| format!("sockets: {text}")));
         report.problems.extend(self.serve.troubles().iter().map(ToString::to_string));
         report.problems.extend(self.shadowed());
+        report.problems.extend(self.kernel.problems(&self.snapshot));
         let statistics = self.kernel.statistics();
         report.bpf_calls = statistics.calls;
         report.entries_written = statistics.entries;
