@@ -11,6 +11,7 @@ use crate::{
     agent,
     kernel::{self, Attach, SocketLb},
     plan::node::{LocalDetector, NodeOptions, ProxyMode},
+    serve,
     source::{Place, api},
 };
 
@@ -172,6 +173,7 @@ pub fn run(args: RunArgs) -> Result<()> {
             masquerade_first,
             masquerade_ports,
         },
+        serve: serve::Options::default(),
     };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(agent::run(options))
