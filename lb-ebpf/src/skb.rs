@@ -21,8 +21,13 @@ impl Skb {
     /// First byte, and the one behind the last that can be read directly.
     #[inline(always)]
     fn bounds(&self) -> (usize, usize) {
+        // Read anew each time: what is read once may be kept in half a register, and is no pointer to the verifier then.
         // SAFETY: the context is valid as long as the program runs.
-        unsafe { ((*self.skb).data as usize, (*self.skb).data_end as usize) }
+        unsafe {
+            let data = (&raw const (*self.skb).data).read_volatile();
+            let end = (&raw const (*self.skb).data_end).read_volatile();
+            (data as usize, end as usize)
+        }
     }
 
     #[inline(always)]

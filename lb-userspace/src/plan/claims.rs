@@ -263,7 +263,7 @@ mod tests {
             affinity: 0,
         };
         let any_port = vec![Addr::UNSPECIFIED_V6];
-        (service, Some(ServicePlan { ports: vec![port], any_port, local_ready: 0 }))
+        (service, Some(ServicePlan { ports: vec![port], any_port, local_ready: 0, health_check: None }))
     }
 
     /// `service: ports` of a step.

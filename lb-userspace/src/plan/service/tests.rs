@@ -101,7 +101,10 @@ fn local_policies_split_the_ranges_and_drop_where_others_have_endpoints() {
     ] {
         let found = frontends(&service, &backends, &node());
         let drops = |flag| if has_any { flag } else { 0 };
-        assert_eq!(found["172.30.0.41 80"], (inside | drops(drop_in), local.clone(), local.clone()));
+        assert_eq!(
+            found["172.30.0.41 80"],
+            (inside | frontend_flags::INTERNAL_LOCAL | drops(drop_in), local.clone(), local.clone())
+        );
         assert_eq!(found["0.0.0.0 30001"], (outside | drops(drop_out), cluster, local));
     }
 }
@@ -130,6 +133,38 @@ fn families_have_their_own_addresses_endpoints_and_ranges() {
     assert_eq!(ranges, ["2001:db8::/32", "2001:db8:1::4/128"], "the node may speak to the load balancer's address");
     assert_eq!(plan.any_port.len(), 2);
     assert_eq!(plan.local_ready, 1);
+}
+
+#[test]
+fn only_a_load_balancer_with_policy_local_has_a_health_check_and_each_family_its_count() {
+    let backends = [
+        backend("10.0.0.1", "here"),
+        backend("10.0.0.1", "here"),
+        backend("10.0.0.2", "there"),
+        backend("fd00:10::2", "here"),
+    ];
+    for (type_, policy, port, cluster_ips, want) in [
+        (
+            ServiceType::LoadBalancer,
+            TrafficPolicy::Local,
+            30301,
+            &["172.30.0.41", "fd00::41"][..],
+            Some((Some(1), Some(1))),
+        ),
+        (ServiceType::LoadBalancer, TrafficPolicy::Local, 30301, &["172.30.0.41"], Some((Some(1), None))),
+        (ServiceType::LoadBalancer, TrafficPolicy::Local, 0, &["172.30.0.41"], None),
+        (ServiceType::LoadBalancer, TrafficPolicy::Cluster, 30301, &["172.30.0.41"], None),
+        (ServiceType::NodePort, TrafficPolicy::Local, 30301, &["172.30.0.41"], None),
+    ] {
+        let service = service(|s| {
+            s.spec.type_ = type_;
+            s.spec.external_traffic_policy = policy;
+            s.spec.health_check_node_port = port;
+            s.spec.cluster_ips = cluster_ips.iter().map(|ip| (*ip).to_owned()).collect();
+        });
+        let check = plan_service(&service, &backends, &node()).0.unwrap().health_check;
+        assert_eq!(check.map(|check| (check.v4, check.v6)), want, "{type_:?} {policy:?} {port} {cluster_ips:?}");
+    }
 }
 
 #[test]
