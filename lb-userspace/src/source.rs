@@ -3,6 +3,7 @@
 //! In: a folder of manifests. Out: [`Update`]s: a complete first list, then differences. Never here: what the objects mean to
 //! each other.
 
+mod ahead;
 mod check;
 mod content;
 mod folder;

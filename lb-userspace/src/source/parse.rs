@@ -3,7 +3,10 @@
 //! In: YAML or JSON, with several documents and lists. Out: [`Parsed`]: the objects, and a [`Problem`] for each one that can't be
 //! used. A bad document costs itself and no other.
 
-use std::path::Path;
+use std::{
+    path::Path,
+    sync::{Mutex, MutexGuard, PoisonError},
+};
 
 use serde::{Deserialize, Deserializer, de::DeserializeOwned};
 use serde_json::{Value, value::RawValue};
@@ -26,8 +29,8 @@ pub(super) struct Parsed {
     pub skipped: usize,
 }
 
-/// Reads a file's text.
-pub(super) fn parse(file: &Path, bytes: &[u8], interner: &mut Interner) -> Parsed {
+/// Reads a file's text. Several threads may do so with one interner.
+pub(super) fn parse(file: &Path, bytes: &[u8], interner: &Mutex<Interner>) -> Parsed {
     let mut parser = Parser { file, document: 1, interner, parsed: Parsed::default() };
     match std::str::from_utf8(bytes) {
         Ok(text) => {
@@ -122,7 +125,7 @@ fn remedy(message: &str) -> String {
 struct Parser<'a> {
     file: &'a Path,
     document: usize,
-    interner: &'a mut Interner,
+    interner: &'a Mutex<Interner>,
     parsed: Parsed,
 }
 
@@ -239,15 +242,17 @@ impl Parser<'_> {
                 if !errors.is_empty() {
                     return Err(errors);
                 }
-                service.shrink(self.interner);
+                service.shrink(&mut self.interner());
                 (Object::Service(Box::new(service)), Vec::new())
             }
             Kind::EndpointSlice => {
-                let (slice, errors) = SliceState::new(&outline.read().map_err(one)?, self.interner);
+                let slice = outline.read().map_err(one)?;
+                let (slice, errors) = SliceState::new(&slice, &mut self.interner());
                 (Object::EndpointSlice(slice), errors)
             }
             Kind::Pod => {
-                let (pod, errors) = PodState::new(&outline.read().map_err(one)?, self.interner);
+                let pod = outline.read().map_err(one)?;
+                let (pod, errors) = PodState::new(&pod, &mut self.interner());
                 (Object::Pod(pod), errors)
             }
             Kind::Node => {
@@ -261,6 +266,11 @@ impl Parser<'_> {
                 (Object::ServiceCidr(cidr), errors)
             }
         })
+    }
+
+    /// For a moment: other threads read other files.
+    fn interner(&self) -> MutexGuard<'_, Interner> {
+        self.interner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn problem(&mut self, object: Option<(Kind, &ObjectName)>, place: &Place, error: FieldError) {
