@@ -93,7 +93,9 @@ mod tests {
         changes.push(Change::Upsert(Object::EndpointSlice(slice)));
         let expected = Expected::of(&changes);
         let mut pipeline = Pipeline::new("node1", NodeOptions::default(), Image::default());
-        changes.into_iter().for_each(|change| pipeline.take(change));
+        for change in changes {
+            pipeline.take(change);
+        }
         pipeline.compile(0);
         let memory = pipeline.image().memory();
         assert_eq!(
