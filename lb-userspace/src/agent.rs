@@ -28,6 +28,7 @@ use self::{
     report::{LastChange, Report, ServiceReport},
 };
 use crate::{
+    config::Config,
     image::Image,
     kernel::{
         self, Kernel,
@@ -47,14 +48,28 @@ const RETRY: Duration = Duration::from_secs(1);
 /// What the operator says.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// The folder of manifests.
-    pub manifests: PathBuf,
+    /// Where Services and endpoints come from.
+    pub objects: Objects,
     /// The node's name.
     pub node: String,
     /// What of kube-proxy's configuration concerns the node.
     pub node_options: NodeOptions,
+    /// All of kube-proxy's configuration.
+    pub config: Config,
     /// Pins, cgroup, attachment.
     pub kernel: kernel::Options,
+}
+
+/// Where Services and endpoints come from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Objects {
+    /// A folder of manifests.
+    Manifests(PathBuf),
+    /// An API server: the kubeconfig of `clientConnection`, else the pod's service account.
+    Api {
+        /// `--master`: its address, before what the kubeconfig says.
+        master: Option<String>,
+    },
 }
 
 /// Runs until SIGTERM or SIGINT, and leaves the data plane as it is.
@@ -66,7 +81,10 @@ pub struct Options {
 pub async fn run(options: Options) -> Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
-    let mut source = Manifests::open(&options.manifests)?;
+    let mut source = match &options.objects {
+        Objects::Manifests(folder) => Manifests::open(folder)?,
+        Objects::Api { .. } => bail!("reading from an API server is still to come; give --manifests DIR"),
+    };
     let mut watch = Watch::open()?;
     let mut agent = Agent::open(&options)?;
     let mut door = Door::open(&options.kernel.bpffs)?;

@@ -28,7 +28,7 @@ const ZONE_LABEL: &str = "topology.kubernetes.io/zone";
 pub struct NodeOptions {
     /// kube-proxy's mode, whose defaults hold.
     pub mode: ProxyMode,
-    /// `nodePortAddresses`: CIDRs and the keyword `primary`; empty: what the mode says.
+    /// `nodePortAddresses`: CIDRs and the keywords `primary`, `localhost`, `all`; empty: what the mode says.
     pub node_port_addresses: Vec<String>,
     /// `iptables.localhostNodePorts`.
     pub localhost_node_ports: bool,
@@ -166,14 +166,21 @@ fn node_port_nets(view: &NodeView, options: &NodeOptions) -> (Vec<IpNet>, Vec<Pr
         nets.extend(view.primary.iter().copied().map(host));
     }
     for (index, text) in options.node_port_addresses.iter().enumerate().filter(|(_, text)| *text != "primary") {
-        match parse_cidr(text) {
-            Some(net) => nets.push(net),
-            None => problems.push(Problem {
-                object: "KubeProxyConfiguration".to_owned(),
-                field: format!("nodePortAddresses[{index}]"),
-                message: format!("`{text}` is neither a network nor `primary`, and is left out"),
-                remedy: "write it like 192.168.0.0/24".to_owned(),
-            }),
+        let texts: &[&str] = match text.as_str() {
+            "localhost" => &["127.0.0.0/8", "::1/128"],
+            "all" => &["0.0.0.0/0", "::/0"],
+            other => &[other],
+        };
+        for text in texts {
+            match parse_cidr(text) {
+                Some(net) => nets.push(net),
+                None => problems.push(Problem {
+                    object: "KubeProxyConfiguration".to_owned(),
+                    field: format!("nodePortAddresses[{index}]"),
+                    message: format!("`{text}` is neither a network nor a keyword, and is left out"),
+                    remedy: "write it like 192.168.0.0/24, or primary, localhost or all".to_owned(),
+                }),
+            }
         }
     }
     (nets, problems)
@@ -247,6 +254,9 @@ mod tests {
             (ProxyMode::Nftables, &["primary", "127.0.0.0/8"], &first),
             (ProxyMode::Iptables, &["primary", "127.0.0.0/8"], &["192.168.0.2", "2001:db8::1", "127.0.0.1"]),
             (ProxyMode::Nftables, &["0.0.0.0/0", "::/0"], &all),
+            (ProxyMode::Nftables, &["all"], &all),
+            (ProxyMode::Iptables, &["primary", "localhost"], &["192.168.0.2", "2001:db8::1", "127.0.0.1"]),
+            (ProxyMode::Nftables, &["localhost"], &[]),
             (ProxyMode::Nftables, &["192.168.1.0/24"], &["192.168.1.2", "2001:db8::1", "2001:db8:1::2"]),
             (ProxyMode::Iptables, &["192.168.1.0/24", "2001:db8:9::/64"], &["192.168.1.2"]),
         ] {
