@@ -34,9 +34,14 @@ use crate::{
         self, Kernel,
         devices::{Snapshot, watch::Watch},
     },
-    model::Kind,
+    model::{Kind, Node},
     pipeline::Pipeline,
     plan::node::NodeOptions,
+    serve::{
+        self, Serve,
+        health::{Family, Moment},
+        node_ports::Checks,
+    },
     source::{Manifests, Problem, Update},
 };
 
@@ -58,6 +63,8 @@ pub struct Options {
     pub config: Config,
     /// Pins, cgroup, attachment.
     pub kernel: kernel::Options,
+    /// The HTTP servers.
+    pub serve: serve::Options,
 }
 
 /// Where Services and endpoints come from.
@@ -103,6 +110,7 @@ pub async fn run(options: Options) -> Result<()> {
                 None => bail!("the folder of manifests can't be watched any more"),
             },
             (question, answer) = door.next() => answer.send(agent.answer(question)),
+            trouble = agent.serve.fatal() => bail!("{trouble} (bindAddressHardFail)"),
             () = sleep_until(agent.alarm) => agent.wake(),
         }
     }
@@ -126,6 +134,11 @@ struct Agent {
     alarm: TokioInstant,
     start: Instant,
     report: Report,
+    serve: Serve,
+    /// Whether the cluster had this node's Node object at any time.
+    had_node: bool,
+    /// Where health checks of Services listen, as it was said last.
+    check_addresses: Vec<IpAddr>,
 }
 
 impl Agent {
@@ -163,6 +176,9 @@ impl Agent {
             alarm: TokioInstant::now() + EXPIRY_INTERVAL,
             start: Instant::now(),
             report,
+            serve: Serve::start(options.serve.clone())?,
+            had_node: false,
+            check_addresses: Vec::new(),
         })
     }
 
@@ -230,9 +246,16 @@ impl Agent {
 
     fn take_in(&mut self, update: Update) {
         let Update { changes, problems, skipped, .. } = update;
+        let now = Moment::now();
         for change in changes {
-            self.pipeline.take(change);
+            if self.pipeline.take(change) {
+                self.serve.health().taken(now);
+            }
         }
+        let node = self.pipeline.model().node();
+        self.had_node |= node.is_some();
+        // Where the cluster never had it, as in a folder of manifests, it can't be going away.
+        self.serve.health().set_eligible(node.map_or(!self.had_node, Node::is_eligible));
         for problem in &problems {
             if !self.report.source_problems.contains(problem) {
                 warn!("{problem}");
@@ -281,6 +304,7 @@ impl Agent {
         }
         debug!(writes = writes.len(), milliseconds = self.milliseconds(), "planned");
         self.write(&writes);
+        self.publish();
         debug!(milliseconds = self.milliseconds(), "written");
         if !writes.is_empty() {
             self.report.last_change = Some(LastChange {
@@ -294,7 +318,25 @@ impl Agent {
         }
     }
 
+    /// Tells the health checks of Services what is effective.
+    fn publish(&mut self) {
+        if self.failed.is_some() {
+            return;
+        }
+        let services = self.pipeline.changed_health_checks();
+        let addresses = self.pipeline.health_check_addresses();
+        let addresses = (self.check_addresses != addresses).then(|| addresses.to_vec());
+        if let Some(addresses) = &addresses {
+            self.check_addresses.clone_from(addresses);
+        }
+        if !services.is_empty() || addresses.is_some() {
+            self.serve.set_checks(Checks { services, addresses });
+        }
+    }
+
     fn write(&mut self, writes: &[crate::image::Write]) {
+        let families = families(writes);
+        self.serve.health().queued(&families, Moment::now());
         if writes.is_empty() || self.failed.is_some() {
             return;
         }
@@ -304,7 +346,9 @@ impl Agent {
             self.failed = Some(text);
             self.report.ready = false;
             self.alarm = TokioInstant::now() + RETRY;
+            return;
         }
+        self.serve.health().updated(&families, Moment::now());
     }
 
     /// What is due: another try after a failure, else old bits.
@@ -321,6 +365,7 @@ impl Agent {
                     let writes = self.pipeline.sweep(now);
                     self.write(&writes);
                     if self.failed.is_none() {
+                        self.serve.health().updated(&Family::ALL, Moment::now());
                         self.report.ready = true;
                         info!("the tables are as they should be again");
                     }
@@ -374,12 +419,15 @@ impl Agent {
         .map(|(name, kind)| (name.to_owned(), count(kind)))
         .into();
         report.devices = self.snapshot.links.values().map(|link| (link.ifindex, link.name.clone())).collect();
+        report.bridges = self.snapshot.bridges();
         report.problems = self.pipeline.problems().iter().map(ToString::to_string).collect();
         report.problems.extend(self.report.source_problems.iter().map(Problem::to_string));
         report.problems.extend(self.failed.iter().map(|text| format!("tables: {text}")));
         report.problems.extend(self.attach_failed.iter().map(|text| format!("devices: {text}")));
         report.problems.extend(self.sockets_failed.iter().map(|text| format!("sockets: {text}")));
+        report.problems.extend(self.serve.troubles().iter().map(ToString::to_string));
         report.problems.extend(self.shadowed());
+        report.problems.extend(self.kernel.problems(&self.snapshot));
         let statistics = self.kernel.statistics();
         report.bpf_calls = statistics.calls;
         report.entries_written = statistics.entries;
@@ -414,4 +462,11 @@ impl Agent {
             })
             .collect()
     }
+}
+
+/// The families whose plan these writes carry out.
+fn families(writes: &[crate::image::Write]) -> Vec<Family> {
+    let (v4, v6) =
+        writes.iter().map(crate::image::Write::families).fold((false, false), |(v4, v6), one| (v4 | one.0, v6 | one.1));
+    [(v4, Family::V4), (v6, Family::V6)].into_iter().filter(|(any, _)| *any).map(|(_, family)| family).collect()
 }

@@ -12,6 +12,7 @@ use crate::{
     agent::{self, Objects},
     config::{Config, boolean, flags::Flags},
     kernel::{self, Attach, SocketLb},
+    serve,
 };
 
 const EXAMPLES: &str = "\
@@ -179,6 +180,11 @@ impl RunArgs {
             },
             node: node.trim().to_lowercase(),
             node_options,
+            serve: serve::Options {
+                healthz: config.healthz_address(),
+                hard_fail: config.fields.bind_address_hard_fail,
+                sync_period: config.sync_period.time(),
+            },
             config,
             kernel: kernel::Options {
                 bpffs: self.folder.bpffs,
