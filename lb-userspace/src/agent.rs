@@ -8,7 +8,6 @@ pub mod report;
 
 use std::{
     net::IpAddr,
-    path::PathBuf,
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
@@ -42,7 +41,7 @@ use crate::{
         health::{Family, Moment},
         node_ports::Checks,
     },
-    source::{Manifests, Problem, Update},
+    source::{Place, Problem, Source, Update},
 };
 
 /// How often bits that no flow can name any more are looked for.
@@ -54,7 +53,7 @@ const RETRY: Duration = Duration::from_secs(1);
 #[derive(Clone, Debug)]
 pub struct Options {
     /// Where Services and endpoints come from.
-    pub objects: Objects,
+    pub source: Place,
     /// The node's name.
     pub node: String,
     /// What of kube-proxy's configuration concerns the node.
@@ -67,31 +66,16 @@ pub struct Options {
     pub serve: serve::Options,
 }
 
-/// Where Services and endpoints come from.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Objects {
-    /// A folder of manifests.
-    Manifests(PathBuf),
-    /// An API server: the kubeconfig of `clientConnection`, else the pod's service account.
-    Api {
-        /// `--master`: its address, before what the kubeconfig says.
-        master: Option<String>,
-    },
-}
-
 /// Runs until SIGTERM or SIGINT, and leaves the data plane as it is.
 ///
 /// # Errors
 ///
-/// When the kernel or the folder refuses something without which nothing can be done. What fails later is said and tried
+/// When the kernel or the source refuses something without which nothing can be done. What fails later is said and tried
 /// again.
 pub async fn run(options: Options) -> Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
-    let mut source = match &options.objects {
-        Objects::Manifests(folder) => Manifests::open(folder)?,
-        Objects::Api { .. } => bail!("reading from an API server is still to come; give --manifests DIR"),
-    };
+    let mut source = Source::open(&options.source).await?;
     let mut watch = Watch::open()?;
     let mut agent = Agent::open(&options)?;
     let mut door = Door::open(&options.kernel.bpffs)?;
@@ -107,7 +91,7 @@ pub async fn run(options: Options) -> Result<()> {
             update = source.next() => match update {
                 Some(update) if update.first => agent.begin(update, watch.snapshot())?,
                 Some(update) => agent.take(update),
-                None => bail!("the folder of manifests can't be watched any more"),
+                None => bail!("the source of Services can't be watched any more"),
             },
             (question, answer) = door.next() => answer.send(agent.answer(question)),
             trouble = agent.serve.fatal() => bail!("{trouble} (bindAddressHardFail)"),

@@ -9,10 +9,12 @@ use tracing_subscriber::EnvFilter;
 
 use super::{pins::Folder, print_version};
 use crate::{
-    agent::{self, Objects},
+    agent,
     config::{Config, boolean, flags::Flags},
     kernel::{self, Attach, SocketLb},
+    plan::node::LocalDetector,
     serve,
+    source::{Place, api},
 };
 
 const EXAMPLES: &str = "\
@@ -31,9 +33,12 @@ What happens to packets does not depend on the agent: it may be stopped, killed 
 #[derive(Args, Clone, Debug)]
 #[command(after_help = EXAMPLES, args_override_self = true)]
 pub struct RunArgs {
-    /// A folder of Kubernetes manifests (YAML, JSON), which is watched; instead of an API server
-    #[arg(long, value_name = "DIR")]
+    /// A folder of Kubernetes manifests (YAML, JSON), which is watched, instead of an API server
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["kubeconfig", "master", "endpoints"])]
     manifests: Option<PathBuf>,
+    /// Where an API server's endpoints come from
+    #[arg(long, value_enum, default_value_t = EndpointsArg::EndpointSlice)]
+    endpoints: EndpointsArg,
     /// kube-proxy's configuration file (KubeProxyConfiguration)
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
@@ -79,6 +84,16 @@ pub struct RunArgs {
     flags: Flags,
     #[arg(hide = true)]
     rest: Vec<String>,
+}
+
+/// `--endpoints`.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum EndpointsArg {
+    /// EndpointSlices, which the cluster's controllers make
+    #[value(name = "endpointslice")]
+    EndpointSlice,
+    /// Pods whose labels a Service selects, for clusters without those controllers
+    PodSelector,
 }
 
 /// `--attach`.
@@ -173,12 +188,27 @@ impl RunArgs {
         let mut node_options = config.node_options();
         node_options.preserve_client_ip |= self.preserve_client_ip;
         let (masquerade_first, masquerade_ports) = self.masquerade_ports;
+        let node = node.trim().to_lowercase();
+        // Beside a file kube-proxy doesn't look at --kubeconfig. Where the file names none, we do.
+        let kubeconfig = Some(config.fields.client_connection.kubeconfig.clone()).filter(|path| !path.is_empty());
+        let source = match self.manifests {
+            Some(dir) => Place::Manifests(dir),
+            None => Place::ApiServer(api::Options {
+                address: api::Address {
+                    kubeconfig: kubeconfig.or(self.flags.kubeconfig).map(PathBuf::from),
+                    master: self.flags.master,
+                },
+                endpoints: match self.endpoints {
+                    EndpointsArg::EndpointSlice => api::Endpoints::EndpointSlice,
+                    EndpointsArg::PodSelector => api::Endpoints::PodSelector,
+                },
+                node: node.clone(),
+                pod_cidrs: node_options.detector == LocalDetector::NodeCidr,
+            }),
+        };
         Ok(agent::Options {
-            objects: match self.manifests {
-                Some(folder) => Objects::Manifests(folder),
-                None => Objects::Api { master: self.flags.master },
-            },
-            node: node.trim().to_lowercase(),
+            source,
+            node,
             node_options,
             serve: serve::Options {
                 healthz: config.healthz_address(),
@@ -223,7 +253,9 @@ fn log(args: &RunArgs, config: &Config) -> Result<()> {
         _ => "trace",
     };
     let level = args.log_level.as_deref().unwrap_or(verbosity);
-    let filter = EnvFilter::try_new(level).with_context(|| format!("--log-level {level}"))?;
+    // What kube's client has to say, the source says in the words of an operator.
+    let filter = EnvFilter::try_new(format!("kube_client=off,kube_runtime=off,{level}"))
+        .with_context(|| format!("--log-level {level}"))?;
     let lines = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
     let format = if config.fields.logging.format == "json" { LogFormat::Json } else { LogFormat::Text };
     match args.log_format.unwrap_or(format) {
