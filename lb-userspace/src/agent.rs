@@ -27,6 +27,7 @@ use self::{
     report::{LastChange, Report, ServiceReport},
 };
 use crate::{
+    config::Config,
     image::Image,
     kernel::{
         self, Kernel,
@@ -57,6 +58,8 @@ pub struct Options {
     pub node: String,
     /// What of kube-proxy's configuration concerns the node.
     pub node_options: NodeOptions,
+    /// All of kube-proxy's configuration.
+    pub config: Config,
     /// Pins, cgroup, attachment.
     pub kernel: kernel::Options,
     /// The HTTP servers.
