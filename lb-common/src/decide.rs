@@ -197,21 +197,24 @@ pub fn classify<T: Tables>(question: &Question, tables: &T) -> Class {
 
 #[inline(always)]
 fn choose<'a, T: Tables>(forward: &Forward, client: &Addr, hash: u32, tables: &'a T) -> Option<(u32, &'a Endpoint)> {
-    if forward.affinity != 0
-        && let Some(id) = remembered(&forward.wanted(), client, tables)
-        && let Some(endpoint) = tables.endpoint(id)
-    {
-        return Some((id, endpoint));
+    if forward.affinity != 0 {
+        let id = remembered(&forward.wanted(), client, tables);
+        if id != 0
+            && let Some(endpoint) = tables.endpoint(id)
+        {
+            return Some((id, endpoint));
+        }
     }
     select(&forward.range, hash, tables)
 }
 
-/// The id of the endpoint that a client stays with.
+/// The id of the endpoint that a client stays with; 0, which no endpoint has, where there is none. (An `Option` would take more
+/// stack than there is left.)
 #[inline(never)]
-pub fn remembered<T: Tables>(wanted: &Wanted, client: &Addr, tables: &T) -> Option<u32> {
-    let affinity = tables.affinity(&AffinityKey { client: *client, service: wanted.service })?;
-    let endpoint = tables.endpoint(affinity.endpoint_id)?;
-    if affinity.holds(endpoint, wanted, tables.ticks()) { Some(affinity.endpoint_id) } else { None }
+pub fn remembered<T: Tables>(wanted: &Wanted, client: &Addr, tables: &T) -> u32 {
+    let Some(affinity) = tables.affinity(&AffinityKey { client: *client, service: wanted.service }) else { return 0 };
+    let Some(endpoint) = tables.endpoint(affinity.endpoint_id) else { return 0 };
+    if affinity.holds(endpoint, wanted, tables.ticks()) { affinity.endpoint_id } else { 0 }
 }
 
 /// The frontend that a packet is sent to: of its address, else of the NodePort, else of any port of the address.

@@ -92,7 +92,7 @@ impl Tables for Memory {
     }
 
     /// Clients are remembered by the programs only.
-    fn affinity(&self, _: &AffinityKey) -> Option<Affinity> {
+    fn affinity(&self, _: &AffinityKey) -> Option<&Affinity> {
         None
     }
 
@@ -157,8 +157,8 @@ impl Tables for Machine {
         self.tables.in_service_cidr(addr)
     }
 
-    fn affinity(&self, key: &AffinityKey) -> Option<Affinity> {
-        self.affinities.get(key).copied()
+    fn affinity(&self, key: &AffinityKey) -> Option<&Affinity> {
+        self.affinities.get(key)
     }
 
     fn ticks(&self) -> u32 {

@@ -31,7 +31,7 @@ pub trait Tables {
     /// Whether the address is in a ServiceCIDR.
     fn in_service_cidr(&self, addr: &Addr) -> bool;
     /// The endpoint that a client was given last.
-    fn affinity(&self, key: &AffinityKey) -> Option<Affinity>;
+    fn affinity(&self, key: &AffinityKey) -> Option<&Affinity>;
     /// The clock of [`Affinity::seen`]; wraps around.
     fn ticks(&self) -> u32;
 }

@@ -126,9 +126,9 @@ impl Tables for Maps {
     }
 
     #[inline(always)]
-    fn affinity(&self, key: &AffinityKey) -> Option<Affinity> {
+    fn affinity(&self, key: &AffinityKey) -> Option<&Affinity> {
         // SAFETY: three words, each true by itself: what they name together is checked before it is used.
-        unsafe { AFFINITIES.get(key) }.copied()
+        unsafe { AFFINITIES.get(key) }
     }
 
     #[inline(always)]

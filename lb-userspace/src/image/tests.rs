@@ -137,7 +137,7 @@ impl Tables for Admitting<'_> {
     fn in_service_cidr(&self, addr: &Addr) -> bool {
         self.0.in_service_cidr(addr)
     }
-    fn affinity(&self, key: &AffinityKey) -> Option<Affinity> {
+    fn affinity(&self, key: &AffinityKey) -> Option<&Affinity> {
         self.0.affinity(key)
     }
     fn ticks(&self) -> u32 {
