@@ -19,16 +19,10 @@ pub struct Skb {
 
 impl Skb {
     /// First byte, and the one behind the last that can be read directly.
-    ///
-    /// Loaded anew each time: where two paths meet, the compiler would otherwise carry the two fields of 32 bits along, and in a
-    /// copy of 32 bits the verifier no longer sees a pointer to the packet.
     #[inline(always)]
     fn bounds(&self) -> (usize, usize) {
         // SAFETY: the context is valid as long as the program runs.
-        unsafe {
-            let (data, end) = (&raw const (*self.skb).data, &raw const (*self.skb).data_end);
-            (data.read_volatile() as usize, end.read_volatile() as usize)
-        }
+        unsafe { ((*self.skb).data as usize, (*self.skb).data_end as usize) }
     }
 
     #[inline(always)]

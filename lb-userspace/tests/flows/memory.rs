@@ -99,7 +99,7 @@ fn from_previous(case: &Case, mode: &str) -> (Pipeline, Memory) {
     let mut kernel = pipeline.image().memory().clone();
     let before = objects_of(case, &case.previous_objects).into_iter().map(Change::Upsert).collect();
     for (changes, now) in [(before, 0), (changes_from_previous(case), 1), (Vec::new(), 2 + FLOW_LIFE)] {
-        changes.into_iter().for_each(|change| pipeline.take(change));
+        changes.into_iter().for_each(|change| _ = pipeline.take(change));
         let mut writes = pipeline.compile(now);
         // No connection names what is gone: its bits go too, when their time has come.
         writes.extend(pipeline.image_mut().expire(now, &BTreeSet::new(), &BTreeSet::new()));

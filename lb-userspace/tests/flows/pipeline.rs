@@ -65,7 +65,7 @@ pub fn empty(case: &Case, mode: &str) -> Pipeline {
 /// The pipeline of a fresh start.
 pub fn from_scratch(case: &Case, mode: &str) -> Pipeline {
     let mut pipeline = empty(case, mode);
-    objects(case, &case.objects).into_iter().for_each(|object| pipeline.take(Change::Upsert(object)));
+    objects(case, &case.objects).into_iter().for_each(|object| _ = pipeline.take(Change::Upsert(object)));
     pipeline.compile(0);
     pipeline
 }

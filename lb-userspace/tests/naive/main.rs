@@ -73,7 +73,7 @@ fn pipeline(node: &Node, image: Image) -> Pipeline {
 fn start<'a>(node: &Node, objects: impl Iterator<Item = &'a Value>, image: Image, now: u64) -> Pipeline {
     let mut pipeline = pipeline(node, image);
     let mut interner = Interner::default();
-    objects.for_each(|value| pipeline.take(Change::Upsert(objects::object(value, &mut interner))));
+    objects.for_each(|value| _ = pipeline.take(Change::Upsert(objects::object(value, &mut interner))));
     pipeline.compile(now);
     pipeline.sweep(now);
     pipeline

@@ -19,11 +19,13 @@ use lb_common::{
 /// An endpoint with its flags.
 type Target = (SocketAddr, u16);
 
+/// What a frontend says: its ranges in their order, the name of its Service port, its flags.
+type Saying = (Vec<Target>, Vec<Target>, Option<String>, u32);
+
 /// The content of tables.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Content {
-    /// Ranges in their order, the name of the Service port, flags.
-    frontends: BTreeMap<FrontendKey, (Vec<Target>, Vec<Target>, Option<String>, u32)>,
+    frontends: BTreeMap<FrontendKey, Saying>,
     endpoints: BTreeSet<(String, SocketAddr, u16)>,
     services: BTreeSet<String>,
     source_ranges: BTreeSet<(String, u32, Addr)>,
