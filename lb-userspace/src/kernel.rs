@@ -11,6 +11,7 @@ mod netlink;
 pub mod object;
 pub mod pinned;
 pub mod preflight;
+pub mod sockets;
 mod sys;
 pub mod tables;
 
@@ -379,6 +380,15 @@ impl Kernel {
         }
         self.sockets = true;
         self.remove_old_generations()
+    }
+
+    /// Ends the connected UDP sockets that these tables leave without anybody to speak to. Answers how many.
+    pub fn end_sockets_astray(&self, memory: &Memory) -> Result<usize> {
+        if self.options.socket_lb == SocketLb::Off || !self.sockets {
+            return Ok(0);
+        }
+        let map = object::open_flow_map(&self.folder.flows(), "SOCKETS")?.context("map SOCKETS is missing")?;
+        sockets::end_astray(map.fd(), self.options.socket_lb == SocketLb::All, memory)
     }
 
     /// Whether programs run everywhere that the last calls asked for. Growing tables may lose an attachment.
