@@ -383,12 +383,13 @@ impl Kernel {
     }
 
     /// Ends the connected UDP sockets that these tables leave without anybody to speak to. Answers how many.
-    pub fn end_sockets_astray(&self, memory: &Memory) -> Result<usize> {
-        if self.options.socket_lb == SocketLb::Off || !self.sockets {
-            return Ok(0);
+    pub fn end_sockets_astray(&mut self, memory: &Memory) -> Result<usize> {
+        match &mut self.tables {
+            Some(tables) if self.sockets && self.options.socket_lb != SocketLb::Off => {
+                sockets::end_astray(&mut tables.programs, self.options.socket_lb == SocketLb::All, memory)
+            }
+            Some(_) | None => Ok(0),
         }
-        let map = object::open_flow_map(&self.folder.flows(), "SOCKETS")?.context("map SOCKETS is missing")?;
-        sockets::end_astray(map.fd(), self.options.socket_lb == SocketLb::All, memory)
     }
 
     /// Whether programs run everywhere that the last calls asked for. Growing tables may lose an attachment.

@@ -116,7 +116,8 @@ fn a_udp_socket_that_connected_before_the_service_was_there_is_ended_when_it_com
     for to in ways() {
         client.ask_until(Protocol::Udp, to, SOON, not_answered).unwrap();
         let early = connected(&client, to);
-        let nowhere = SocketAddr::new(to.ip(), to.port() + 1);
+        let [v4, v6] = By::ClusterIp.addresses(99);
+        let nowhere = if to.is_ipv4() { v4 } else { v6 };
         let other = connected(&client, nowhere);
         early.send(b"who").unwrap();
         lab.manifests().write("web.json", web());

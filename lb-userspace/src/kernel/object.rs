@@ -3,12 +3,14 @@
 //! In: the compiled object, how much there is to store, a generation's folder. Out: pinned maps of the right shape, loaded
 //! programs. Nothing is attached here.
 
-use std::{collections::BTreeMap, fs, io, os::fd::AsFd as _, os::fd::OwnedFd, path::Path, thread, time::Instant};
+use std::{
+    collections::BTreeMap, fs, fs::File, io, os::fd::AsFd as _, os::fd::OwnedFd, path::Path, thread, time::Instant,
+};
 
 use anyhow::{Context as _, Result, anyhow, bail};
 use aya::{
-    Ebpf, EbpfLoader,
-    programs::{CgroupSockAddr, Program, ProgramError, SchedClassifier},
+    Btf, Ebpf, EbpfLoader,
+    programs::{CgroupSockAddr, Iter, Program, ProgramError, SchedClassifier},
 };
 use lb_common::{
     addr::Addr,
@@ -257,6 +259,20 @@ impl Programs {
         let program: &mut CgroupSockAddr =
             program.try_into().with_context(|| format!("program {name} is none for sockets"))?;
         Ok(program.fd().with_context(|| format!("program {name} is not loaded"))?.as_fd().try_clone_to_owned()?)
+    }
+
+    /// What sockets of the calling thread's network namespace were told: for each a cookie and its [`Pairs`]. The program is loaded when it
+    /// is first asked for.
+    pub fn told(&mut self, protocol: &str) -> Result<File> {
+        let name = format!("told_{protocol}");
+        let program = self.ethernet.program_mut(&name).with_context(|| format!("no program {name} in the object"))?;
+        let program: &mut Iter = program.try_into().with_context(|| format!("program {name} is no iterator"))?;
+        if program.fd().is_err() {
+            let types = Btf::from_sys_fs().context("cannot read the kernel's types (CONFIG_DEBUG_INFO_BTF)")?;
+            program.load(protocol, &types).map_err(|error| explain(&name, error))?;
+        }
+        let link = program.attach().and_then(|id| program.take_link(id)).context("cannot make an iterator")?;
+        link.into_file().context("cannot open an iterator")
     }
 
     /// Loads the programs, those for devices without Ethernet header when the first such device comes, and creates the maps
