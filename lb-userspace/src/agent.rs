@@ -8,7 +8,6 @@ pub mod report;
 
 use std::{
     net::IpAddr,
-    path::PathBuf,
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
@@ -34,10 +33,15 @@ use crate::{
         devices::{Snapshot, watch::Watch},
         sockets,
     },
-    model::Kind,
+    model::{Kind, Node},
     pipeline::Pipeline,
     plan::node::NodeOptions,
-    source::{Manifests, Problem, Update},
+    serve::{
+        self, Serve,
+        health::{Family, Moment},
+        node_ports::Checks,
+    },
+    source::{Place, Problem, Source, Update},
 };
 
 /// How often bits that no flow can name any more are looked for.
@@ -50,26 +54,28 @@ const RETRY: Duration = Duration::from_secs(1);
 /// What the operator says.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// The folder of manifests.
-    pub manifests: PathBuf,
+    /// Where Services and endpoints come from.
+    pub source: Place,
     /// The node's name.
     pub node: String,
     /// What of kube-proxy's configuration concerns the node.
     pub node_options: NodeOptions,
     /// Pins, cgroup, attachment.
     pub kernel: kernel::Options,
+    /// The HTTP servers.
+    pub serve: serve::Options,
 }
 
 /// Runs until SIGTERM or SIGINT, and leaves the data plane as it is.
 ///
 /// # Errors
 ///
-/// When the kernel or the folder refuses something without which nothing can be done. What fails later is said and tried
+/// When the kernel or the source refuses something without which nothing can be done. What fails later is said and tried
 /// again.
 pub async fn run(options: Options) -> Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
-    let mut source = Manifests::open(&options.manifests)?;
+    let mut source = Source::open(&options.source).await?;
     let mut watch = Watch::open()?;
     let mut agent = Agent::open(&options)?;
     let mut door = Door::open(&options.kernel.bpffs)?;
@@ -85,9 +91,10 @@ pub async fn run(options: Options) -> Result<()> {
             update = source.next() => match update {
                 Some(update) if update.first => agent.begin(update, watch.snapshot())?,
                 Some(update) => agent.take(update),
-                None => bail!("the folder of manifests can't be watched any more"),
+                None => bail!("the source of Services can't be watched any more"),
             },
             (question, answer) = door.next() => answer.send(agent.answer(question)),
+            trouble = agent.serve.fatal() => bail!("{trouble} (bindAddressHardFail)"),
             () = sleep_until(agent.alarm) => agent.wake(),
             () = sleep_until(agent.look.unwrap_or(agent.alarm)), if agent.look.is_some() => agent.end_sockets(),
         }
@@ -115,6 +122,11 @@ struct Agent {
     look: Option<TokioInstant>,
     start: Instant,
     report: Report,
+    serve: Serve,
+    /// Whether the cluster had this node's Node object at any time.
+    had_node: bool,
+    /// Where health checks of Services listen, as it was said last.
+    check_addresses: Vec<IpAddr>,
 }
 
 impl Agent {
@@ -154,6 +166,9 @@ impl Agent {
             look: None,
             start: Instant::now(),
             report,
+            serve: Serve::start(options.serve.clone())?,
+            had_node: false,
+            check_addresses: Vec::new(),
         })
     }
 
@@ -225,9 +240,16 @@ impl Agent {
 
     fn take_in(&mut self, update: Update) {
         let Update { changes, problems, skipped, .. } = update;
+        let now = Moment::now();
         for change in changes {
-            self.pipeline.take(change);
+            if self.pipeline.take(change) {
+                self.serve.health().taken(now);
+            }
         }
+        let node = self.pipeline.model().node();
+        self.had_node |= node.is_some();
+        // Where the cluster never had it, as in a folder of manifests, it can't be going away.
+        self.serve.health().set_eligible(node.map_or(!self.had_node, Node::is_eligible));
         for problem in &problems {
             if !self.report.source_problems.contains(problem) {
                 warn!("{problem}");
@@ -276,6 +298,7 @@ impl Agent {
         }
         debug!(writes = writes.len(), milliseconds = self.milliseconds(), "planned");
         self.write(&writes);
+        self.publish();
         debug!(milliseconds = self.milliseconds(), "written");
         if !writes.is_empty() {
             self.report.last_change = Some(LastChange {
@@ -289,7 +312,25 @@ impl Agent {
         }
     }
 
+    /// Tells the health checks of Services what is effective.
+    fn publish(&mut self) {
+        if self.failed.is_some() {
+            return;
+        }
+        let services = self.pipeline.changed_health_checks();
+        let addresses = self.pipeline.health_check_addresses();
+        let addresses = (self.check_addresses != addresses).then(|| addresses.to_vec());
+        if let Some(addresses) = &addresses {
+            self.check_addresses.clone_from(addresses);
+        }
+        if !services.is_empty() || addresses.is_some() {
+            self.serve.set_checks(Checks { services, addresses });
+        }
+    }
+
     fn write(&mut self, writes: &[crate::image::Write]) {
+        let families = families(writes);
+        self.serve.health().queued(&families, Moment::now());
         if writes.is_empty() || self.failed.is_some() {
             return;
         }
@@ -299,7 +340,9 @@ impl Agent {
             self.failed = Some(text);
             self.report.ready = false;
             self.alarm = TokioInstant::now() + RETRY;
+            return;
         }
+        self.serve.health().updated(&families, Moment::now());
         if self.look.is_none() && sockets::concerns(writes, self.pipeline.image().memory()) {
             self.look = Some(TokioInstant::now() + SETTLING);
         }
@@ -340,6 +383,7 @@ impl Agent {
                     let writes = self.pipeline.sweep(now);
                     self.write(&writes);
                     if self.failed.is_none() {
+                        self.serve.health().updated(&Family::ALL, Moment::now());
                         self.report.ready = true;
                         info!("the tables are as they should be again");
                     }
@@ -393,13 +437,16 @@ impl Agent {
         .map(|(name, kind)| (name.to_owned(), count(kind)))
         .into();
         report.devices = self.snapshot.links.values().map(|link| (link.ifindex, link.name.clone())).collect();
+        report.bridges = self.snapshot.bridges();
         report.problems = self.pipeline.problems().iter().map(ToString::to_string).collect();
         report.problems.extend(self.report.source_problems.iter().map(Problem::to_string));
         report.problems.extend(self.failed.iter().map(|text| format!("tables: {text}")));
         report.problems.extend(self.attach_failed.iter().map(|text| format!("devices: {text}")));
         report.problems.extend(self.sockets_failed.iter().map(|text| format!("sockets: {text}")));
         report.problems.extend(self.astray_failed.iter().map(|text| format!("connected sockets: {text}")));
+        report.problems.extend(self.serve.troubles().iter().map(ToString::to_string));
         report.problems.extend(self.shadowed());
+        report.problems.extend(self.kernel.problems(&self.snapshot));
         let statistics = self.kernel.statistics();
         report.bpf_calls = statistics.calls;
         report.entries_written = statistics.entries;
@@ -434,4 +481,11 @@ impl Agent {
             })
             .collect()
     }
+}
+
+/// The families whose plan these writes carry out.
+fn families(writes: &[crate::image::Write]) -> Vec<Family> {
+    let (v4, v6) =
+        writes.iter().map(crate::image::Write::families).fold((false, false), |(v4, v6), one| (v4 | one.0, v6 | one.1));
+    [(v4, Family::V4), (v6, Family::V6)].into_iter().filter(|(any, _)| *any).map(|(_, family)| family).collect()
 }

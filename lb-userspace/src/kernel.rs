@@ -23,8 +23,9 @@ use tracing::{info, warn};
 
 pub use self::sys::release_memory;
 use self::{
-    folder::Folder,
-    links::{Attached, Cgroup, Links, Port},
+    devices::Snapshot,
+    folder::{Cgroup, Folder},
+    links::{Attached, Links, Port},
     object::{Capacity, Constants, Programs, Table},
     tables::{Statistics, Stopped, Store},
 };
@@ -186,8 +187,7 @@ impl Kernel {
 
     fn open_cgroup(&mut self) -> Result<()> {
         if self.options.socket_lb != SocketLb::Off {
-            let (path, fd) = folder::cgroup(self.options.cgroup.as_deref())?;
-            self.cgroup = Some(Cgroup { path, fd });
+            self.cgroup = Some(folder::cgroup(self.options.cgroup.as_deref())?);
         }
         Ok(())
     }
@@ -395,6 +395,22 @@ impl Kernel {
     /// Whether programs run everywhere that the last calls asked for. Growing tables may lose an attachment.
     pub fn is_attached(&self) -> bool {
         self.sockets && self.ports.len() == self.wanted_ports
+    }
+
+    /// What keeps clients from being served, though everything is as the operator said.
+    pub fn problems(&self, snapshot: &Snapshot) -> Vec<String> {
+        let mut problems = Vec::new();
+        if let Some(cgroup) = self.cgroup.as_ref().filter(|cgroup| cgroup.is_partial) {
+            problems.push(format!(
+                "sockets: {} is the root of a cgroup namespace, so only processes in it are served; mount the host's cgroup \
+                 v2 and name it by --cgroup",
+                cgroup.path.display()
+            ));
+        }
+        if self.options.socket_lb != SocketLb::All {
+            problems.extend(snapshot.shared_wires());
+        }
+        problems
     }
 
     /// What is attached.

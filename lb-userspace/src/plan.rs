@@ -107,6 +107,19 @@ pub struct ServicePlan {
     pub any_port: Vec<Addr>,
     /// Distinct addresses of ready endpoints on this node: what health checks of load balancers report.
     pub local_ready: usize,
+    /// What its healthCheckNodePort answers, if it has one.
+    pub health_check: Option<HealthCheck>,
+}
+
+/// A Service's healthCheckNodePort: where load balancers ask whether this node has endpoints (`kube-proxy.md` §7).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HealthCheck {
+    /// The port.
+    pub port: u16,
+    /// Distinct IPv4 addresses of ready endpoints on this node; none if the Service has no IPv4 ClusterIP.
+    pub v4: Option<usize>,
+    /// The same for IPv6.
+    pub v6: Option<usize>,
 }
 
 impl ServicePlan {

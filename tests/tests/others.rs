@@ -4,9 +4,11 @@
 #![expect(clippy::unwrap_used, reason = "a helper of a test fails as the test does")]
 
 use std::collections::BTreeMap;
+use std::fs;
 use std::net::{IpAddr, SocketAddr};
+use std::process::Command;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tests::cluster::{By, Cluster, TARGET, addressed, one_service_a_kind, refused};
 use tests::foreign::{Foreign, NEXT, OK, Place, Side};
@@ -135,14 +137,67 @@ fn a_program_behind_ours_may_end_the_chain() {
 
 #[test]
 fn a_program_before_ours_is_named_in_the_status() {
-    let cluster = cluster(&["--attach", "tcx"]);
-    let node = cluster.lab.node(1);
-    let program = Foreign::attach(&node.netns, "vp1", Side::Ingress, Place::TcxFirst, OK, &cluster.lab.bpffs(node));
-    let problems = cluster.agents[0].cli_json(&["status"])["problems"].clone();
-    let named = |text: &str| text.contains("vp1") && text.contains("foreign");
-    assert!(problems.as_array().unwrap().iter().any(|text| named(text.as_str().unwrap())), "{problems}");
-    drop(program);
-    assert_eq!(cluster.agents[0].cli_json(&["status"])["problems"], serde_json::json!([]));
+    for (attach, side, place) in [("tcx", Side::Ingress, Place::TcxFirst), ("clsact", Side::Egress, Place::Clsact)] {
+        let cluster = cluster(&["--attach", attach]);
+        let node = cluster.lab.node(1);
+        let problems = || cluster.agents[0].cli_json(&["status"])["problems"].clone();
+        assert_eq!(problems(), serde_json::json!([]));
+        let _program = Foreign::attach(&node.netns, "vp1", side, place, OK, &cluster.lab.bpffs(node));
+        let named = |text: &str| text.contains("vp1") && text.contains("foreign");
+        let found = problems();
+        assert!(found.as_array().unwrap().iter().any(|text| named(text.as_str().unwrap())), "{place:?}: {found}");
+    }
+}
+
+#[test]
+fn a_device_that_shares_a_wire_is_named_in_the_status_unless_all_sockets_are_served() {
+    for (flags, named) in [(&[][..], true), (&["--socket-lb", "all"], false)] {
+        let cluster = cluster(flags);
+        let node = cluster.lab.node(1);
+        node.netns.ip(&["link add shim0 link eth0 type macvlan mode bridge".to_owned()]).unwrap();
+        let start = Instant::now();
+        let problems = || cluster.agents[0].cli_json(&["status"])["problems"].to_string();
+        while problems().contains("shim0: macvlan on eth0") != named {
+            assert!(start.elapsed() < SOON, "{flags:?}: {}", problems());
+        }
+        assert_eq!(problems() == "[]", !named, "{}", problems());
+    }
+}
+
+/// In a container: a cgroup namespace of its own, and its cgroup v2 in place of every other one.
+const IN_A_CONTAINER: &str = r#"
+for mounted in $(awk '$3 == "cgroup2" { print $2 }' /proc/mounts); do umount -l "$mounted"; done
+mount -t cgroup2 cgroup2 "$1" && shift && exec "$@"
+"#;
+
+#[test]
+fn an_agent_that_is_shown_a_part_of_the_cgroups_says_so() {
+    let lab = Lab::new(Topology::default());
+    let node = lab.node(1);
+    // For its command line; the agent is the one below.
+    let agent = Agent::new(&lab, node, lab.manifests().path(), &[]).unwrap();
+    let place = lab.folder().join("cgroup");
+    fs::create_dir(&place).unwrap();
+    let mut command = Command::new("unshare");
+    command.args(["--cgroup", "--mount", "sh", "-c", IN_A_CONTAINER, "sh"]).arg(&place).arg(agent.binary());
+    command.args(["run", "--hostname-override", "node1", "--manifests"]).arg(lab.manifests().path());
+    command.arg("--bpffs").arg(agent.bpffs());
+    node.netns.apply(&mut command).unwrap();
+    let mut child = command.spawn().unwrap();
+    let start = Instant::now();
+    let status = loop {
+        let output = agent.cli(&["status", "--output", "json"]);
+        let status: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
+        if status["ready"] == true || start.elapsed() > 4 * SOON {
+            break status;
+        }
+        thread::sleep(Duration::from_millis(20));
+    };
+    child.kill().unwrap();
+    child.wait().unwrap();
+    agent.cleanup();
+    let problems = status["problems"].to_string();
+    assert!(problems.contains("is the root of a cgroup namespace") && problems.contains("--cgroup"), "{status}");
 }
 
 /// The MAC address of a device.

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use crate::source::Problem;
+use crate::{kernel::devices::findings::Bridge, source::Problem};
 
 /// The agent's state.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -32,6 +32,9 @@ pub struct Report {
     pub problems: Vec<String>,
     /// Names of devices by ifindex.
     pub devices: BTreeMap<u32, String>,
+    /// How requests between ports of one bridge go.
+    #[serde(default)]
+    pub bridges: Vec<Bridge>,
     /// bpf(2) calls that changed or read tables.
     pub bpf_calls: u64,
     /// Entries set or removed.

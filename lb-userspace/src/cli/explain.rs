@@ -182,7 +182,7 @@ impl Manifests {
         let mut pipeline = Pipeline::new(&name, options, Image::default());
         let update = manifests::read_all(dir)?;
         update.problems.iter().for_each(|problem| eprintln!("{problem}"));
-        update.changes.into_iter().for_each(|change| pipeline.take(change));
+        update.changes.into_iter().for_each(|change| _ = pipeline.take(change));
         pipeline.set_interfaces(match &args.local_addresses[..] {
             [] => node_status_addresses(&pipeline),
             addresses => addresses.to_vec(),

@@ -10,7 +10,9 @@ use super::{explain::read_config, pins::Folder};
 use crate::{
     agent,
     kernel::{self, Attach, SocketLb},
-    plan::node::{NodeOptions, ProxyMode},
+    plan::node::{LocalDetector, NodeOptions, ProxyMode},
+    serve,
+    source::{Place, api},
 };
 
 const EXAMPLES: &str = "\
@@ -18,6 +20,7 @@ Examples:
   fairlead run --manifests /etc/fairlead/manifests
   fairlead run --manifests ./cluster --hostname-override node-1 --socket-lb all
   fairlead run --manifests ./cluster --config kube-proxy.conf
+  fairlead run --kubeconfig /var/lib/kube-proxy/kubeconfig.conf --config kube-proxy.conf
 
 What happens to packets does not depend on the agent: it may be stopped, killed and upgraded while connections go on.";
 
@@ -25,9 +28,18 @@ What happens to packets does not depend on the agent: it may be stopped, killed 
 #[derive(Args, Clone, Debug)]
 #[command(after_help = EXAMPLES)]
 pub struct RunArgs {
-    /// A folder of Kubernetes manifests (YAML, JSON), which is watched
-    #[arg(long, value_name = "DIR")]
-    manifests: PathBuf,
+    /// A folder of Kubernetes manifests (YAML, JSON), which is watched, instead of an API server
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["kubeconfig", "master", "endpoints"])]
+    manifests: Option<PathBuf>,
+    /// Where the API server is and how to be let in; without it, the service account of the pod
+    #[arg(long, value_name = "FILE")]
+    kubeconfig: Option<PathBuf>,
+    /// The URL of the API server; wins over the kubeconfig's
+    #[arg(long, value_name = "URL")]
+    master: Option<String>,
+    /// Where an API server's endpoints come from
+    #[arg(long, value_enum, default_value_t = EndpointsArg::EndpointSlice)]
+    endpoints: EndpointsArg,
     /// kube-proxy's configuration file (KubeProxyConfiguration)
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
@@ -60,6 +72,16 @@ pub struct RunArgs {
     /// Which log lines are written: error, warn, info, debug, or a filter of `tracing`
     #[arg(long, value_name = "FILTER", default_value = "info", env = "FAIRLEAD_LOG")]
     log_level: String,
+}
+
+/// `--endpoints`.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum EndpointsArg {
+    /// EndpointSlices, which the cluster's controllers make
+    #[value(name = "endpointslice")]
+    EndpointSlice,
+    /// Pods whose labels a Service selects, for clusters without those controllers
+    PodSelector,
 }
 
 /// `--attach`.
@@ -117,9 +139,22 @@ pub fn run(args: RunArgs) -> Result<()> {
         None => std::fs::read_to_string("/proc/sys/kernel/hostname").context("--hostname-override is missing")?,
     };
     let (masquerade_first, masquerade_ports) = args.masquerade_ports;
+    let node = node.trim().to_lowercase();
+    let source = match args.manifests {
+        Some(dir) => Place::Manifests(dir),
+        None => Place::ApiServer(api::Options {
+            address: api::Address { kubeconfig: args.kubeconfig, master: args.master },
+            endpoints: match args.endpoints {
+                EndpointsArg::EndpointSlice => api::Endpoints::EndpointSlice,
+                EndpointsArg::PodSelector => api::Endpoints::PodSelector,
+            },
+            node: node.clone(),
+            pod_cidrs: node_options.detector == LocalDetector::NodeCidr,
+        }),
+    };
     let options = agent::Options {
-        manifests: args.manifests,
-        node: node.trim().to_lowercase(),
+        source,
+        node,
         node_options,
         kernel: kernel::Options {
             bpffs: args.folder.bpffs,
@@ -138,13 +173,16 @@ pub fn run(args: RunArgs) -> Result<()> {
             masquerade_first,
             masquerade_ports,
         },
+        serve: serve::Options::default(),
     };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(agent::run(options))
 }
 
 fn log(format: LogFormat, level: &str) -> Result<()> {
-    let filter = EnvFilter::try_new(level).with_context(|| format!("--log-level {level}"))?;
+    // What kube's client has to say, the source says in the words of an operator.
+    let filter = EnvFilter::try_new(format!("kube_client=off,kube_runtime=off,{level}"))
+        .with_context(|| format!("--log-level {level}"))?;
     let lines = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
     match format {
         LogFormat::Text => lines.with_target(false).init(),

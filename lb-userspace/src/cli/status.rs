@@ -134,6 +134,15 @@ impl Status {
             programs.add_row([&program.program, &device, program.mechanism]);
         }
         table::print(&programs);
+        let bridges = self.agent.as_ref().map(|agent| agent.bridges.as_slice()).unwrap_or_default();
+        if !bridges.is_empty() {
+            println!("\nBridges");
+            let mut rows = table::new(&["bridge", "IPv4 between its ports", "IPv6 between its ports"]);
+            for bridge in bridges {
+                rows.add_row([&bridge.name, &bridge.ipv4, &bridge.ipv6]);
+            }
+            table::print(&rows);
+        }
         println!("\nMaps");
         let mut maps = table::new(&["map", "used", "room", ""]);
         for map in &self.maps {
@@ -179,7 +188,7 @@ impl Program {
                 None => "cgroup",
             },
             live,
-            before: before.into_iter().map(|(id, name)| format!("{name} (program {id})")).collect(),
+            before,
         }
     }
 
@@ -193,7 +202,7 @@ impl Program {
         }
         (!self.before.is_empty()).then(|| {
             format!(
-                "{device}: {} may keep packets from {}, running before it; see `bpftool net`",
+                "{device}: {} may keep packets from {}, running before it; see `bpftool net` and `tc filter`",
                 self.before.join(", "),
                 self.program
             )

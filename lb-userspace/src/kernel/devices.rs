@@ -3,6 +3,7 @@
 //! In: links and addresses as rtnetlink tells them ([`watch`]). Out: which devices get programs, rows of the tables DEVICES and
 //! NODE_ADDRESSES. Pure, but for [`watch`]; nothing is attached or written here.
 
+pub mod findings;
 pub mod watch;
 
 use std::{
@@ -21,6 +22,8 @@ use super::links::Port;
 mod kind {
     pub const BRIDGE: &str = "bridge";
     pub const PAIRS: [&str; 2] = ["veth", "netkit"];
+    /// They share a lower device's wire; a pod that has one enters the node by no device of its own.
+    pub const SHARING: [&str; 4] = ["macvlan", "macvtap", "ipvlan", "ipvtap"];
 }
 
 /// What stands before the IP header.
@@ -68,6 +71,8 @@ pub struct Link {
     pub mac: Option<[u8; 6]>,
     /// Of a pair: the other end's ifindex, unless that is known to be in another namespace.
     pub peer: Option<u32>,
+    /// Of a device that shares another's wire: that other's ifindex.
+    pub lower: Option<u32>,
     /// Of a bridge: whether its own setting hands IPv4 and IPv6 to netfilter.
     pub nf_call: [bool; 2],
     /// Tells apart two links that had the same ifindex one after the other.
@@ -192,7 +197,7 @@ impl Snapshot {
 mod tests {
     use super::*;
 
-    fn link(ifindex: u32, name: &str, kind: Option<&str>) -> Link {
+    pub(super) fn link(ifindex: u32, name: &str, kind: Option<&str>) -> Link {
         Link {
             ifindex,
             name: name.into(),
@@ -202,6 +207,7 @@ mod tests {
             master: None,
             mac: Some([2, 0, 0, 0, 0, 1]),
             peer: None,
+            lower: None,
             nf_call: [false; 2],
             birth: 0,
         }
@@ -212,7 +218,7 @@ mod tests {
         Address { ifindex, addr, global: true, secondary: false, unusable: false }
     }
 
-    fn snapshot(links: Vec<Link>, addresses: Vec<Address>) -> Snapshot {
+    pub(super) fn snapshot(links: Vec<Link>, addresses: Vec<Address>) -> Snapshot {
         Snapshot {
             links: links.into_iter().map(|link| (link.ifindex, link)).collect(),
             addresses,

@@ -28,6 +28,8 @@ const BPF_FS: i64 = 0xcafe_4a11;
 const SYSTEM_BPFFS: &str = "/sys/fs/bpf";
 /// Where cgroup v2 is mounted if nobody has done so.
 const PRIVATE_CGROUP: &str = "/run/fairlead/cgroup";
+/// Inode of the root of cgroup v2: kernfs numbers from 1. In a cgroup namespace the root that is seen is another folder.
+const ROOT_CGROUP_INODE: u64 = 1;
 /// Source of the mounts that the agent makes: how `cleanup` knows them.
 const MOUNT_SOURCE: &str = "fairlead";
 
@@ -191,6 +193,17 @@ fn describe(pid: u32) -> String {
     format!("process {pid} ({command})")
 }
 
+/// A cgroup, held open.
+#[derive(Debug)]
+pub struct Cgroup {
+    /// Where it is.
+    pub path: PathBuf,
+    /// Its descriptor.
+    pub fd: OwnedFd,
+    /// Whether it holds not all processes, and nobody asked for that: a cgroup namespace hides the others.
+    pub is_partial: bool,
+}
+
 /// A mount, from `/proc/self/mountinfo`.
 #[derive(Debug, PartialEq, Eq)]
 struct Mount<'a> {
@@ -217,7 +230,7 @@ fn unescape(text: &str) -> String {
 }
 
 /// The cgroup under which sockets are translated: the given one, else where cgroup v2 is mounted, else a mount of our own.
-pub fn cgroup(given: Option<&Path>) -> Result<(PathBuf, OwnedFd)> {
+pub fn cgroup(given: Option<&Path>) -> Result<Cgroup> {
     let path = match given {
         Some(path) => path.to_owned(),
         None => {
@@ -230,7 +243,8 @@ pub fn cgroup(given: Option<&Path>) -> Result<(PathBuf, OwnedFd)> {
         }
     };
     let dir = File::open(&path).with_context(|| format!("cannot open the cgroup {} (--cgroup)", path.display()))?;
-    Ok((path, dir.into()))
+    let inode = dir.metadata().with_context(|| format!("cannot stat the cgroup {}", path.display()))?.ino();
+    Ok(Cgroup { is_partial: given.is_none() && inode != ROOT_CGROUP_INODE, path, fd: dir.into() })
 }
 
 fn mount_cgroup() -> Result<PathBuf> {

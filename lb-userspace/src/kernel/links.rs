@@ -9,7 +9,7 @@
 
 use std::{
     fs, io, mem,
-    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    os::fd::{AsFd, BorrowedFd},
     path::{Path, PathBuf},
 };
 
@@ -21,7 +21,8 @@ use aya::programs::{
 use tracing::{info, warn};
 
 use super::{
-    Attach, folder, netlink,
+    Attach, folder,
+    netlink::{self, Filter},
     object::{Programs, SOCKET_HOOKS},
     sys::{self, Target},
 };
@@ -165,8 +166,8 @@ pub struct Attached {
     pub link: Option<u32>,
     /// Id of the program, where the kernel tells.
     pub program_id: Option<u32>,
-    /// Programs that run before ours at this hook, by id and name: they may end the chain.
-    pub before: Vec<(u32, String)>,
+    /// Programs and filters that run before ours at this hook: they may end the chain.
+    pub before: Vec<String>,
     /// Whether the link still has its device.
     pub live: bool,
 }
@@ -214,12 +215,13 @@ impl Links {
     /// TCX runs before clsact, on the way out too. So where someone has clsact filters on the way out, ours is the last of
     /// them, unless the operator asked for TCX.
     fn mechanism_for(&self, hook: Hook, port: &Port) -> Result<Mechanism> {
-        if self.auto && self.mechanism == Mechanism::Tcx && hook == Hook::Egress {
-            let ours = (priority(hook), u32::from(HANDLE));
-            if netlink::filters(port.ifindex, false)?.iter().any(|filter| *filter != ours) {
-                info!(device = port.name, "egress is a clsact filter here, behind those of others");
-                return Ok(Mechanism::Clsact);
-            }
+        if self.auto
+            && self.mechanism == Mechanism::Tcx
+            && hook == Hook::Egress
+            && netlink::filters(port.ifindex, false)?.iter().any(|filter| !is_ours(filter, hook))
+        {
+            info!(device = port.name, "egress is a clsact filter here, behind those of others");
+            return Ok(Mechanism::Clsact);
         }
         Ok(self.mechanism)
     }
@@ -386,16 +388,23 @@ pub fn status(dir: &Path) -> Result<Vec<Attached>> {
                     live: place.is_some(),
                 });
             }
-            Pin::Clsact(hook, ifindex) => attached.push(Attached {
-                ifindex: Some(ifindex),
-                program: hook.name().into(),
-                mechanism: Some(Mechanism::Clsact),
-                link: None,
-                program_id: None,
-                before: named(sys::query_tcx(ifindex, hook.attach_type()).unwrap_or_default().iter()),
-                live: netlink::has_filter(ifindex, hook == Hook::Ingress, priority(hook), HANDLE.into())
-                    .unwrap_or(false),
-            }),
+            Pin::Clsact(hook, ifindex) => {
+                let filters = netlink::filters(ifindex, hook == Hook::Ingress).unwrap_or_default();
+                let place = filters.iter().position(|filter| is_ours(filter, hook));
+                let mut before = named(sys::query_tcx(ifindex, hook.attach_type()).unwrap_or_default().iter());
+                before.extend(filters.iter().take(place.unwrap_or(0)).map(|filter| {
+                    format!("{} (filter, pref {}, handle {:#x})", filter.name, filter.priority, filter.handle)
+                }));
+                attached.push(Attached {
+                    ifindex: Some(ifindex),
+                    program: hook.name().into(),
+                    mechanism: Some(Mechanism::Clsact),
+                    link: None,
+                    program_id: None,
+                    before,
+                    live: place.is_some(),
+                });
+            }
             Pin::Qdisc(_) => {}
             Pin::Socket => {
                 let Ok(shape) = shape() else { continue };
@@ -414,12 +423,16 @@ pub fn status(dir: &Path) -> Result<Vec<Attached>> {
     Ok(attached)
 }
 
-fn named<'a>(chain: impl Iterator<Item = &'a (u32, u32)>) -> Vec<(u32, String)> {
+fn is_ours(filter: &Filter, hook: Hook) -> bool {
+    (filter.priority, filter.handle) == (priority(hook), HANDLE.into())
+}
+
+fn named<'a>(chain: impl Iterator<Item = &'a (u32, u32)>) -> Vec<String> {
     let name = |id| {
         let infos = loaded_programs().filter_map(Result::ok).find(|info| info.id() == id)?;
         Some(infos.name_as_str()?.to_owned())
     };
-    chain.map(|(id, _)| (*id, name(*id).unwrap_or_default())).collect()
+    chain.map(|(id, _)| format!("{} (program {id})", name(*id).unwrap_or_default())).collect()
 }
 
 /// Replaces a link's program; false if what it was attached to is gone.
@@ -445,15 +458,6 @@ fn mark(path: &Path) -> Result<()> {
         }
         Ok(()) | Err(_) => Ok(()),
     }
-}
-
-/// A cgroup, held open.
-#[derive(Debug)]
-pub struct Cgroup {
-    /// Where it is.
-    pub path: PathBuf,
-    /// Its descriptor.
-    pub fd: OwnedFd,
 }
 
 #[cfg(test)]

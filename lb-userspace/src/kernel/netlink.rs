@@ -13,7 +13,7 @@ use rtnetlink::{
     },
     packet_route::{
         RouteNetlinkMessage,
-        tc::{TcAttribute, TcHandle, TcMessage},
+        tc::{TcAttribute, TcFilterBpfOption, TcHandle, TcMessage, TcOption},
     },
     sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE},
 };
@@ -133,13 +133,44 @@ pub fn remove_filter(ifindex: u32, ingress: bool, priority: u16, handle: u32) ->
     }
 }
 
-/// Whether a filter is there.
-pub fn has_filter(ifindex: u32, ingress: bool, priority: u16, handle: u32) -> Result<bool> {
-    Ok(filters(ifindex, ingress)?.contains(&(priority, handle)))
+/// A filter of the clsact qdisc.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Filter {
+    /// Its preference.
+    pub priority: u16,
+    /// Its handle.
+    pub handle: u32,
+    /// Its kind, with the program's name if it is one: `bpf cil_from_netdev`, `flower`.
+    pub name: String,
 }
 
-/// Preferences and handles of the clsact filters of a device.
-pub fn filters(ifindex: u32, ingress: bool) -> Result<Vec<(u16, u32)>> {
+impl Filter {
+    #[expect(clippy::wildcard_enum_match_arm, reason = "filters have attributes that do not matter here")]
+    fn new(message: TcMessage) -> Self {
+        let mut name = String::new();
+        let mut program = None;
+        for attribute in message.attributes {
+            match attribute {
+                TcAttribute::Kind(kind) => name = kind,
+                TcAttribute::Options(options) => {
+                    program = options.into_iter().find_map(|option| match option {
+                        TcOption::Bpf(TcFilterBpfOption::ProgName(program)) => Some(program),
+                        _ => None,
+                    });
+                }
+                _ => {}
+            }
+        }
+        if let Some(program) = program {
+            name = format!("{name} {program}");
+        }
+        let priority = u16::try_from(message.header.info >> 16).unwrap_or(0);
+        Self { priority, handle: u32::from(message.header.handle), name }
+    }
+}
+
+/// The clsact filters of a device, in the order in which packets meet them.
+pub fn filters(ifindex: u32, ingress: bool) -> Result<Vec<Filter>> {
     let answers = match dump(RouteNetlinkMessage::GetTrafficFilter(message(ifindex, parent(ingress))?)) {
         Ok(answers) => answers,
         Err(error) if is_gone(&error) => return Ok(Vec::new()),
@@ -149,9 +180,9 @@ pub fn filters(ifindex: u32, ingress: bool) -> Result<Vec<(u16, u32)>> {
         .into_iter()
         .filter_map(|answer| {
             let RouteNetlinkMessage::NewTrafficFilter(filter) = answer else { return None };
-            let handle = u32::from(filter.header.handle);
             // Handle 0 stands for the preference itself.
-            (handle != 0).then(|| (u16::try_from(filter.header.info >> 16).unwrap_or(0), handle))
+            let filter = Filter::new(filter);
+            (filter.handle != 0).then_some(filter)
         })
         .collect())
 }

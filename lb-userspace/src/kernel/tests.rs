@@ -76,7 +76,7 @@ impl Kernel {
 fn lab(test: impl FnOnce(&mut Lab) + Send + 'static) {
     let result = thread::spawn(move || {
         let dir = TempDir::with_prefix("fairlead").unwrap();
-        let unified = folder::cgroup(None).unwrap().0;
+        let unified = folder::cgroup(None).unwrap().path;
         let cgroup = unified.join(dir.path().file_name().unwrap());
         fs::create_dir(&cgroup).unwrap();
         let mut lab = Lab { dir, cgroup, namespaces: Vec::new() };

@@ -151,6 +151,26 @@ pub fn node_addresses(
     (interfaces.iter().chain(&loopback).map(|addr| (Addr::from(*addr), flags(addr))).collect(), problems)
 }
 
+/// Where healthCheckNodePorts listen: everywhere, written as the unspecified address, unless NodePorts are restricted.
+#[must_use]
+pub fn health_check_addresses(addresses: &BTreeMap<Addr, NodeAddress>, options: &NodeOptions) -> Vec<IpAddr> {
+    let list = &options.node_port_addresses;
+    let everywhere = |v4: bool| {
+        let mut of_family = list.iter().filter_map(|text| parse_cidr(text)).filter(|net| net.addr().is_ipv4() == v4);
+        !wants_primary(options) && (of_family.clone().next().is_none() || of_family.any(|net| net.prefix_len() == 0))
+    };
+    let serving = || addresses.iter().filter(|(_, flags)| **flags & node_flags::NODE_PORTS != 0);
+    let mut listen = Vec::new();
+    for (v4, unspecified) in [(true, Addr::UNSPECIFIED_V4), (false, Addr::UNSPECIFIED_V6)] {
+        if everywhere(v4) {
+            listen.push(unspecified.into());
+        } else {
+            listen.extend(serving().map(|(addr, _)| *addr).filter(|addr| addr.is_v4() == v4).map(IpAddr::from));
+        }
+    }
+    listen
+}
+
 /// Whether the keyword `primary` is in force.
 fn wants_primary(options: &NodeOptions) -> bool {
     match options.node_port_addresses.as_slice() {
@@ -268,6 +288,26 @@ mod tests {
             assert_eq!(serving, want, "{mode:?} {option:?}");
             assert_eq!((found.len(), problems), (6, Vec::new()));
             assert!(found.values().all(|flags| flags & node_flags::LOCAL != 0));
+        }
+    }
+
+    #[test]
+    fn health_checks_listen_where_node_ports_answer() {
+        let all = ips(&["192.168.0.2", "192.168.1.2", "2001:db8::1"]);
+        for (mode, option, want) in [
+            (ProxyMode::Iptables, &[][..], &["0.0.0.0", "::"][..]),
+            (ProxyMode::Nftables, &[], &["192.168.0.2", "2001:db8::1"]),
+            (ProxyMode::Nftables, &["0.0.0.0/0", "::/0"], &["0.0.0.0", "::"]),
+            (ProxyMode::Iptables, &["192.168.1.0/24"], &["192.168.1.2", "::"]),
+        ] {
+            let options = NodeOptions {
+                mode,
+                node_port_addresses: option.iter().map(|text| (*text).to_owned()).collect(),
+                ..NodeOptions::default()
+            };
+            let view = NodeView::new("here", Some(&node()), &options);
+            let (addresses, _) = node_addresses(&all, &view, &options);
+            assert_eq!(health_check_addresses(&addresses, &options), ips(want), "{mode:?} {option:?}");
         }
     }
 

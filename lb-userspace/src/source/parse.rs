@@ -217,7 +217,7 @@ impl Parser<'_> {
             let error = FieldError::new("metadata.name", "missing; give the object a name");
             return self.problem(Some((known, &name)), place, error);
         }
-        match self.read(outline, known) {
+        match read(outline, known, self.interner) {
             Ok((object, errors)) => {
                 self.parsed.objects.push((self.document, object));
                 errors.into_iter().for_each(|error| self.problem(Some((known, &name)), place, error));
@@ -227,40 +227,6 @@ impl Parser<'_> {
                 errors.into_iter().for_each(|error| self.problem(Some((known, &name)), place, error));
             }
         }
-    }
-
-    /// The object and what is wrong with parts of it, or what is wrong with all of it.
-    fn read<T: Outline>(&mut self, outline: &T, kind: Kind) -> Result<(Object, Vec<FieldError>), Vec<FieldError>> {
-        let one = |error| vec![error];
-        Ok(match kind {
-            Kind::Service => {
-                let mut service: object::Service = outline.read().map_err(one)?;
-                let errors = check::service(&service);
-                if !errors.is_empty() {
-                    return Err(errors);
-                }
-                service.shrink(self.interner);
-                (Object::Service(Box::new(service)), Vec::new())
-            }
-            Kind::EndpointSlice => {
-                let (slice, errors) = SliceState::new(&outline.read().map_err(one)?, self.interner);
-                (Object::EndpointSlice(slice), errors)
-            }
-            Kind::Pod => {
-                let (pod, errors) = PodState::new(&outline.read().map_err(one)?, self.interner);
-                (Object::Pod(pod), errors)
-            }
-            Kind::Node => {
-                let node: object::Node = outline.read().map_err(one)?;
-                let errors = check::node(&node);
-                (Object::Node(Box::new(node)), errors)
-            }
-            Kind::ServiceCidr => {
-                let cidr: object::ServiceCidr = outline.read().map_err(one)?;
-                let errors = check::service_cidr(&cidr);
-                (Object::ServiceCidr(cidr), errors)
-            }
-        })
     }
 
     fn problem(&mut self, object: Option<(Kind, &ObjectName)>, place: &Place, error: FieldError) {
@@ -279,6 +245,53 @@ impl Parser<'_> {
         self.parsed.unidentified = true;
         self.problem(None, &Place::default(), FieldError::new("", message));
     }
+}
+
+/// An object as the API server writes it, and what is wrong with parts of it, or what is wrong with all of it.
+pub(super) fn read_json(
+    text: &RawValue,
+    kind: Kind,
+    interner: &mut Interner,
+) -> Result<(Object, Vec<FieldError>), Vec<FieldError>> {
+    read(&text, kind, interner)
+}
+
+/// The object and what is wrong with parts of it, or what is wrong with all of it.
+fn read<T: Outline>(
+    outline: &T,
+    kind: Kind,
+    interner: &mut Interner,
+) -> Result<(Object, Vec<FieldError>), Vec<FieldError>> {
+    let one = |error| vec![error];
+    Ok(match kind {
+        Kind::Service => {
+            let mut service: object::Service = outline.read().map_err(one)?;
+            let errors = check::service(&service);
+            if !errors.is_empty() {
+                return Err(errors);
+            }
+            service.shrink(interner);
+            (Object::Service(Box::new(service)), Vec::new())
+        }
+        Kind::EndpointSlice => {
+            let (slice, errors) = SliceState::new(&outline.read().map_err(one)?, interner);
+            (Object::EndpointSlice(slice), errors)
+        }
+        Kind::Pod => {
+            let (pod, errors) = PodState::new(&outline.read().map_err(one)?, interner);
+            (Object::Pod(pod), errors)
+        }
+        Kind::Node => {
+            let node: object::Node = outline.read().map_err(one)?;
+            let errors = check::node(&node);
+            (Object::Node(Box::new(node)), errors)
+        }
+        Kind::ServiceCidr => {
+            let cidr: object::ServiceCidr = outline.read().map_err(one)?;
+            let errors = check::service_cidr(&cidr);
+            (Object::ServiceCidr(cidr), errors)
+        }
+    })
 }
 
 /// The documents of a YAML stream that hold anything, with the number of lines before each. A line of `---` ends a document

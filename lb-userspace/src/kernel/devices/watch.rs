@@ -25,8 +25,9 @@ use crate::kernel::netlink;
 
 /// Room for events, in bytes: a thousand devices that come at once.
 const BUFFER: usize = 4 << 20;
-/// The kernel tells nobody when br_netfilter is loaded or switched; it is looked at this often.
-const BRIDGE_NETFILTER_INTERVAL: Duration = Duration::from_secs(5);
+/// The kernel tells nobody when br_netfilter is loaded or switched (inotify is silent about sysctls, and so is netlink). It is
+/// looked at this often, at the price of two failing or short reads, and whenever a device changes.
+const BRIDGE_NETFILTER_INTERVAL: Duration = Duration::from_secs(1);
 
 /// A subscription to changes.
 #[derive(Debug)]
@@ -194,6 +195,7 @@ fn link(message: LinkMessage) -> Option<Link> {
         master: None,
         mac: None,
         peer: None,
+        lower: None,
         nf_call: [false; 2],
         birth: 0,
     };
@@ -210,7 +212,11 @@ fn link(message: LinkMessage) -> Option<Link> {
         }
     }
     // VLAN, macvlan and tunnels name their lower device in the same attribute.
-    if elsewhere || !link.kind.as_deref().is_some_and(|kind| kind::PAIRS.contains(&kind)) {
+    let is_one_of = |kinds: &[&str]| link.kind.as_deref().is_some_and(|kind| kinds.contains(&kind));
+    if is_one_of(&kind::SHARING) {
+        link.lower = link.peer;
+    }
+    if elsewhere || !is_one_of(&kind::PAIRS) {
         link.peer = None;
     }
     (!link.name.is_empty()).then_some(link)
