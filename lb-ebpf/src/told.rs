@@ -1,4 +1,4 @@
-//! What sockets were told, for the agent to read: iterators over the sockets of the reader's network namespace.
+//! What sockets were told, for the agent to read: an iterator over the UDP sockets of the reader's network namespace.
 //!
 //! Out, for each socket with storage: its cookie, then its [`Pairs`].
 
@@ -16,7 +16,7 @@ pub struct Meta {
     seq: *mut seq_file,
 }
 
-/// `struct bpf_iter__udp` and `struct bpf_iter__tcp`, as far as they are used.
+/// `struct bpf_iter__udp`, as far as it is used.
 #[repr(C)]
 pub struct Context {
     meta: *const Meta,
@@ -27,18 +27,6 @@ pub struct Context {
 #[unsafe(no_mangle)]
 #[unsafe(link_section = "iter/udp")]
 extern "C" fn told_udp(ctx: *const Context) -> i32 {
-    write(ctx)
-}
-
-/// TCP sockets.
-#[unsafe(no_mangle)]
-#[unsafe(link_section = "iter/tcp")]
-extern "C" fn told_tcp(ctx: *const Context) -> i32 {
-    write(ctx)
-}
-
-#[inline(always)]
-fn write(ctx: *const Context) -> i32 {
     // SAFETY: the context is valid as long as the program runs, its socket until the call for this one ends. The storage is
     // read while its socket may change it: what a connected socket was told at connect(2) no longer changes.
     unsafe {

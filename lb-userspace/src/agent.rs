@@ -27,6 +27,7 @@ use self::{
     report::{LastChange, Report, ServiceReport},
 };
 use crate::{
+    config::Config,
     image::Image,
     kernel::{
         self, Kernel,
@@ -35,7 +36,7 @@ use crate::{
     },
     model::{Kind, Node},
     pipeline::Pipeline,
-    plan::node::NodeOptions,
+    plan::{Expected, node::NodeOptions},
     serve::{
         self, Serve,
         health::{Family, Moment},
@@ -60,6 +61,8 @@ pub struct Options {
     pub node: String,
     /// What of kube-proxy's configuration concerns the node.
     pub node_options: NodeOptions,
+    /// All of kube-proxy's configuration.
+    pub config: Config,
     /// Pins, cgroup, attachment.
     pub kernel: kernel::Options,
     /// The HTTP servers.
@@ -189,12 +192,13 @@ impl Agent {
     fn begin(&mut self, update: Update, snapshot: &Snapshot) -> Result<()> {
         let changes = update.changes.len();
         debug!(changes, milliseconds = self.milliseconds(), "the first list is read");
+        self.kernel.prepare(&Expected::of(&update.changes))?;
         self.take_in(update);
         self.begun = true;
-        self.see_devices(snapshot);
-        if let Some(text) = self.failed.as_ref().filter(|_| !self.kernel.has_tables()) {
-            bail!("{text}");
-        }
+        self.set_devices(snapshot);
+        self.compile();
+        self.kernel.verified()?;
+        self.attach_devices();
         let now = self.now();
         let writes = self.pipeline.sweep(now);
         self.write(&writes);
@@ -261,14 +265,21 @@ impl Agent {
 
     /// Follows devices and addresses: rows first, then programs, so that none runs on a device that the tables don't know.
     fn see_devices(&mut self, snapshot: &Snapshot) {
+        self.set_devices(snapshot);
+        if self.begun {
+            self.compile();
+            self.attach_devices();
+        }
+    }
+
+    fn set_devices(&mut self, snapshot: &Snapshot) {
         self.snapshot = snapshot.clone();
         self.rows_of = None;
-        if !self.begun {
-            return;
-        }
         self.pipeline.set_interfaces(snapshot.node_addresses().into_iter().map(|(_, addr)| addr).collect());
-        self.compile();
-        match self.kernel.attach_devices(&snapshot.ports()) {
+    }
+
+    fn attach_devices(&mut self) {
+        match self.kernel.attach_devices(&self.snapshot.ports()) {
             Ok(()) => self.attach_failed = None,
             Err(error) => {
                 let text = format!("{error:#}");
@@ -384,6 +395,7 @@ impl Agent {
                     self.write(&writes);
                     if self.failed.is_none() {
                         self.serve.health().updated(&Family::ALL, Moment::now());
+                        self.look = Some(TokioInstant::now());
                         self.report.ready = true;
                         info!("the tables are as they should be again");
                     }

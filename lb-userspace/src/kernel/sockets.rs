@@ -140,7 +140,7 @@ fn end_here(programs: &mut Programs, is_pod: bool, memory: &Memory) -> Result<us
 fn told(programs: &mut Programs) -> Result<BTreeMap<u64, Pairs>> {
     const COOKIE: usize = size_of::<u64>();
     let mut bytes = Vec::new();
-    programs.told("udp")?.read_to_end(&mut bytes).context("cannot read what sockets were told")?;
+    programs.told()?.read_to_end(&mut bytes).context("cannot read what sockets were told")?;
     let records = bytes.chunks_exact(COOKIE + size_of::<Pairs>()).map(|record| record.split_at(COOKIE));
     Ok(records.map(|(cookie, pairs)| (sys::value_of(cookie), sys::value_of(pairs))).collect())
 }
