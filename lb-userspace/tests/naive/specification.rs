@@ -260,14 +260,15 @@ impl Cluster<'_> {
         }
         let ips = list(&pod["status"]["podIPs"]).iter().filter_map(|ip| ip["ip"].as_str()).map(address);
         let addr = ips.filter(|addr| addr.is_ipv4() == v4).collect::<Vec<_>>();
-        let number = match &port.port["targetPort"] {
-            Value::Null => port.port["port"].as_u64()?,
-            Value::String(name) => {
-                let containers = list(&pod["spec"]["containers"]).iter();
-                let named = |it: &&Value| it["name"] == **name && it.get("protocol") == port.port.get("protocol");
-                containers.flat_map(|it| list(&it["ports"])).find(named)?["containerPort"].as_u64()?
-            }
-            number => number.as_u64()?,
+        let target = &port.port["targetPort"];
+        let number = if target.is_null() {
+            port.port["port"].as_u64()?
+        } else if let Some(name) = target.as_str() {
+            let containers = list(&pod["spec"]["containers"]).iter();
+            let named = |it: &&Value| it["name"] == *name && it.get("protocol") == port.port.get("protocol");
+            containers.flat_map(|it| list(&it["ports"])).find(named)?["containerPort"].as_u64()?
+        } else {
+            target.as_u64()?
         };
         let condition = |it: &Value| it["type"] == "Ready" && it["status"] == "True";
         let ready = list(&pod["status"]["conditions"]).iter().any(condition);
