@@ -4,7 +4,7 @@
 //! anew. Used by the agent alone.
 
 use crate::{
-    decide::{Decision, Question, decide},
+    decide::{Class, Question, classify},
     layout::protocol,
     socket::{Ends, Pair, Pairs},
     tables::Tables,
@@ -33,9 +33,9 @@ pub fn astray<T: Tables>(peer: &Ends, pairs: Option<&Pairs>, by_packets: bool, t
     }
     let question =
         Question { src: peer.addr, dst: peer.addr, dport: peer.port, proto: peer.proto, from_node: true, device: 0 };
-    match decide(&question, 0, tables) {
-        Decision::Forward(_) | Decision::Reject(_) => Some(Astray::Untranslated),
-        Decision::Drop(_) | Decision::Pass(_) => None,
+    match classify(&question, tables) {
+        Class::Forward(_) | Class::Reject(_) => Some(Astray::Untranslated),
+        Class::Drop(_) | Class::Pass(_) => None,
     }
 }
 
@@ -52,9 +52,9 @@ mod tests {
 
     use super::*;
     use crate::{
-        addr::Port,
+        addr::{Addr, Port},
         layout::{Endpoint, Frontend, FrontendKey, Range, bit_index, endpoint_flags, frontend_flags, node_flags},
-        memory::Memory,
+        memory::{Machine, Memory},
         socket::{PAIRS, translate},
     };
 
@@ -79,11 +79,15 @@ mod tests {
             let Ends { addr, port, .. } = ends(frontend, proto);
             memory.frontends.insert(
                 FrontendKey::new(addr, port, proto),
-                Frontend { internal: range, external: range, service: 1, flags },
+                Frontend { internal: range, external: range, service: 1, flags, affinity: 0 },
             );
             memory.frontend_bits.insert(bit_index(&addr, port));
         }
         memory
+    }
+
+    fn machine(memory: &Memory) -> Machine {
+        Machine { tables: memory.clone(), ..Machine::default() }
     }
 
     #[test]
@@ -92,7 +96,7 @@ mod tests {
             for proto in [protocol::TCP, protocol::UDP] {
                 let mut memory = memory(service, Some(endpoint), 0);
                 let (mut pairs, mut peer) = (NEW, ends(service, proto));
-                translate(&mut peer, 0, true, &mut pairs, &memory);
+                translate(&mut peer, &Addr::UNSPECIFIED_V6, 0, true, &mut pairs, &mut machine(&memory));
                 assert_eq!(peer, ends(endpoint, proto));
                 assert_eq!(astray(&peer, Some(&pairs), false, &memory), None);
                 // Whoever connected to the endpoint by its own address is left alone, whatever becomes of it.

@@ -7,6 +7,7 @@ mod answer;
 mod packet;
 
 use std::{
+    collections::BTreeMap,
     fs::File,
     io::{self, BufRead, BufReader, Write as _},
     net::IpAddr,
@@ -16,6 +17,7 @@ use std::{
 use anyhow::{Context, bail};
 use clap::{Args, ValueEnum};
 use lb_common::{
+    affinity::{Affinity, AffinityKey, ticks_of_nanoseconds},
     layout::{Device, device_flags},
     memory::Memory,
 };
@@ -97,6 +99,11 @@ pub trait Named {
     /// The ifindex of an interface.
     fn interface(&self, name: &str) -> Option<u32>;
 
+    /// What is remembered of a client, and the programs' clock in [`lb_common::affinity::ticks`].
+    fn remembered(&self, _: &AffinityKey) -> Option<(Affinity, u32)> {
+        None
+    }
+
     /// `namespace/name:port/PROTO` of a Service port's id.
     fn service(&self, id: u32) -> Option<String> {
         self.tables().services.get(&id).and_then(service_name).map(ToOwned::to_owned)
@@ -140,12 +147,16 @@ pub fn run_manifests(args: &ExplainArgs, dir: &Path) -> anyhow::Result<()> {
 ///
 /// Nothing is pinned, or a packet can't be read.
 pub fn run_pinned(args: &ExplainArgs) -> anyhow::Result<()> {
-    answer_all(args, &Pins { memory: args.folder.open()?.memory()? })
+    let pinned = args.folder.open()?;
+    let mut affinities = BTreeMap::new();
+    pinned.affinities(|key, affinity| _ = affinities.insert(key, affinity))?;
+    answer_all(args, &Pins { memory: pinned.memory()?, affinities })
 }
 
 /// What an agent has written to the kernel.
 struct Pins {
     memory: Memory,
+    affinities: BTreeMap<AffinityKey, Affinity>,
 }
 
 impl Named for Pins {
@@ -155,6 +166,12 @@ impl Named for Pins {
 
     fn interface(&self, name: &str) -> Option<u32> {
         std::fs::read_to_string(format!("/sys/class/net/{name}/ifindex")).ok()?.trim().parse().ok()
+    }
+
+    fn remembered(&self, key: &AffinityKey) -> Option<(Affinity, u32)> {
+        let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+        let nanoseconds = now.tv_sec.cast_unsigned() * 1_000_000_000 + now.tv_nsec.cast_unsigned();
+        Some((*self.affinities.get(key)?, ticks_of_nanoseconds(nanoseconds)))
     }
 }
 

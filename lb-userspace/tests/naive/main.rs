@@ -182,7 +182,7 @@ fn fate(memory: &Memory, packet: &Packet) -> Fate {
         Class::Reject(_) => Fate::Reject,
         Class::Drop(_) => Fate::Drop,
         Class::Forward(forward) => {
-            let chosen = (0..forward.range.len).map(|hash| match decide(&question, hash, memory) {
+            let chosen = (0..forward.range.len).map(|hash| match decide(&question, &question.src, hash, memory) {
                 Decision::Forward(choice) => {
                     let addr = SocketAddr::new(IpAddr::from(choice.endpoint.addr), choice.endpoint.port.number());
                     (addr, choice.masquerade)

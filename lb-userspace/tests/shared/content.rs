@@ -19,8 +19,8 @@ use lb_common::{
 /// An endpoint with its flags.
 type Target = (SocketAddr, u16);
 
-/// What a frontend says: its ranges in their order, the name of its Service port, its flags.
-type Saying = (Vec<Target>, Vec<Target>, Option<String>, u32);
+/// What a frontend says: its ranges in their order, the name of its Service port, its flags and the seconds of its affinity.
+type Saying = (Vec<Target>, Vec<Target>, Option<String>, (u32, u32));
 
 /// The content of tables.
 #[derive(Debug, PartialEq, Eq)]
@@ -61,9 +61,9 @@ impl Content {
             endpoints.map(target).collect()
         };
         let frontend = |(key, frontend): (&FrontendKey, &Frontend)| {
-            let Frontend { internal, external, service, flags } = frontend;
+            let Frontend { internal, external, service, flags, affinity } = frontend;
             let owner = (*key != FrontendKey::any_port(key.addr)).then(|| name(service));
-            (*key, (targets(internal, *service), targets(external, *service), owner, *flags))
+            (*key, (targets(internal, *service), targets(external, *service), owner, (*flags, *affinity)))
         };
         Self {
             frontends: memory.frontends.iter().map(frontend).collect(),

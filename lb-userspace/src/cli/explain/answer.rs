@@ -5,6 +5,7 @@ use std::{fmt::Write as _, net::SocketAddr};
 use anyhow::Context;
 use lb_common::{
     addr::Port,
+    affinity::{AffinityKey, namespace_client},
     decide::{Class, Forward, Question, classify},
     layout::{frontend_flags, node_flags},
     reason::Reason,
@@ -28,6 +29,17 @@ pub enum Verdict {
     Pass,
 }
 
+/// How a client stays with an endpoint (`sessionAffinity: ClientIP`).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Stay {
+    /// Seconds after its last new connection for which it does.
+    pub timeout_seconds: u32,
+    /// The endpoint that it has now and gets again, if it has one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub endpoint: Option<String>,
+}
+
 /// What happens to a packet, and why.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Answer {
@@ -40,6 +52,9 @@ pub struct Answer {
     /// Endpoints for which the source is rewritten, if it is not for all.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub hairpin: Vec<String>,
+    /// Whether the client stays with an endpoint, and with which one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub affinity: Option<Stay>,
     /// `namespace/name:port`.
     pub service: Option<String>,
     /// Label of the reason, as metrics have it.
@@ -67,6 +82,7 @@ pub fn explain<N: Named>(packet: &Packet, named: &N) -> anyhow::Result<Answer> {
             endpoints: Vec::new(),
             masquerade: false,
             hairpin: Vec::new(),
+            affinity: None,
             service: frontend.and_then(|frontend| name(frontend.service)),
             reason: why.as_str(),
             why,
@@ -79,6 +95,7 @@ pub fn explain<N: Named>(packet: &Packet, named: &N) -> anyhow::Result<Answer> {
             let masquerade = rewritten.len() == endpoints.len();
             Answer {
                 endpoints,
+                affinity: stay(&question, &forward, named),
                 masquerade,
                 hairpin: if masquerade { Vec::new() } else { rewritten },
                 ..answer(Verdict::Dnat, Reason::NewFlow)
@@ -88,6 +105,22 @@ pub fn explain<N: Named>(packet: &Packet, named: &N) -> anyhow::Result<Answer> {
         Class::Drop(why) => answer(Verdict::Drop, why),
         Class::Pass(why) => answer(Verdict::Pass, why),
     })
+}
+
+/// Whom the client stays with. Processes of the node are one client.
+fn stay<N: Named>(question: &Question, forward: &Forward, named: &N) -> Option<Stay> {
+    let wanted = forward.wanted();
+    if wanted.timeout == 0 {
+        return None;
+    }
+    let client = if question.from_node { namespace_client(&question.src, 0) } else { question.src };
+    let key = AffinityKey { client, service: forward.service };
+    let endpoint = named.remembered(&key).and_then(|(affinity, now)| {
+        let endpoint = named.tables().endpoint(affinity.endpoint_id)?;
+        let text = || SocketAddr::new(endpoint.addr.into(), endpoint.port.number()).to_string();
+        affinity.holds(endpoint, &wanted, now).then(text)
+    });
+    Some(Stay { timeout_seconds: wanted.timeout, endpoint })
 }
 
 fn question<N: Named>(packet: &Packet, named: &N) -> anyhow::Result<Question> {
@@ -176,6 +209,10 @@ impl Answer {
                 _ = write!(text, " {why}");
             }
         }
+        if let Some(Stay { timeout_seconds, endpoint }) = &self.affinity {
+            let who = endpoint.as_ref().map(|endpoint| format!(", now with {endpoint}")).unwrap_or_default();
+            _ = write!(text, " The client stays with its endpoint for {timeout_seconds} s{who}.");
+        }
         text
     }
 
@@ -203,6 +240,7 @@ mod tests {
             endpoints: endpoints.iter().map(|text| (*text).to_owned()).collect(),
             masquerade: false,
             hairpin: Vec::new(),
+            affinity: None,
             service: Some("shop/web:http".to_owned()),
             reason: why.as_str(),
             why,
@@ -213,6 +251,13 @@ mod tests {
             (
                 answer(Verdict::Dnat, &["10.0.0.3:80"], Reason::NewFlow),
                 " sent on. The Service is shop/web:http. Its endpoint is 10.0.0.3:80. The endpoint sees the client's own address.",
+            ),
+            (
+                Answer {
+                    affinity: Some(Stay { timeout_seconds: 10, endpoint: Some("10.0.0.3:80".to_owned()) }),
+                    ..answer(Verdict::Dnat, &["10.0.0.3:80"], Reason::NewFlow)
+                },
+                " sent on. The Service is shop/web:http. Its endpoint is 10.0.0.3:80. The endpoint sees the client's own address. The client stays with its endpoint for 10 s, now with 10.0.0.3:80.",
             ),
             (
                 Answer { service: None, ..answer(Verdict::Drop, &[], Reason::Unallocated) },

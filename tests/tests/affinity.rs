@@ -1,0 +1,128 @@
+//! Session affinity, with real sockets and short timeouts: a client stays with its endpoint, by whatever address it comes.
+
+use std::thread;
+use std::time::{Duration, Instant};
+
+use tests::cluster::{By, Cluster, clients, web};
+use tests::manifest::PodObject;
+use tests::traffic::client::ask_datagram;
+use tests::{Agent, Client, Protocol, Topology};
+
+/// Connections of one kind; by chance all of them would reach one of four endpoints once in 4^11 runs.
+const TIMES: usize = 12;
+const PROTOCOLS: [Protocol; 3] = [Protocol::Tcp, Protocol::Udp, Protocol::UdpUnconnected];
+
+/// The Service `web`, whose clients stay for so many seconds.
+fn sticky(seconds: u64, flags: &[&str]) -> Cluster {
+    Cluster::new(Topology::default(), flags, |lab| {
+        let config = serde_json::json!({"clientIP": {"timeoutSeconds": seconds}});
+        let service = web().spec("sessionAffinity", "ClientIP").spec("sessionAffinityConfig", config);
+        lab.manifests().write("web.json", service);
+        for pod in lab.pods() {
+            lab.manifests().write(&format!("pod-{}.json", pod.name), PodObject::of(pod).label("app", "web"));
+        }
+    })
+}
+
+/// The one endpoint that answers all of these.
+fn only(name: &str, client: &Client, protocol: Protocol, by: &[By], family: usize) -> String {
+    let mut found = Vec::new();
+    for by in by {
+        let to = by.addresses(10)[family];
+        let tally =
+            client.tally(protocol, to, TIMES).unwrap_or_else(|error| panic!("{name} {protocol:?} {to}: {error}"));
+        found.extend(tally.into_keys());
+    }
+    found.dedup();
+    assert!(found.len() == 1, "{name} {protocol:?} by {by:?}: {found:?}");
+    found.remove(0)
+}
+
+/// By what a client reaches the Service through one node only.
+fn ways(name: &str) -> &'static [By] {
+    match name {
+        "outside" => &[By::NodePort(1)],
+        "node2" | "p2-1" | "p2-2" => &[By::ClusterIp, By::NodePort(2), By::LoadBalancer],
+        _ => &[By::ClusterIp, By::NodePort(1), By::LoadBalancer],
+    }
+}
+
+#[test]
+fn a_client_stays_with_its_endpoint_by_every_address_also_when_the_agent_starts_again() {
+    for flags in [&[][..], &["--socket-lb", "all"]] {
+        let mut cluster = sticky(10_800, flags);
+        let ask = |cluster: &Cluster| -> Vec<String> {
+            let cases = PROTOCOLS.into_iter().flat_map(|protocol| [(protocol, 0), (protocol, 1)]);
+            clients(&cluster.lab)
+                .iter()
+                .flat_map(|(name, client)| {
+                    cases.clone().map(|(protocol, family)| only(name, client, protocol, ways(name), family))
+                })
+                .collect()
+        };
+        let before = ask(&cluster);
+        cluster.agents.iter_mut().for_each(Agent::kill);
+        cluster.agents.iter_mut().for_each(Agent::restart);
+        assert_eq!(ask(&cluster), before, "{flags:?}");
+    }
+}
+
+#[test]
+fn a_client_whose_endpoint_goes_stays_with_the_next_one() {
+    let cluster = sticky(10_800, &[]);
+    for (name, client) in clients(&cluster.lab) {
+        for family in [0, 1] {
+            for protocol in PROTOCOLS {
+                let first = only(&name, &client, protocol, ways(&name), family);
+                let (node, pod) = first[1..].split_once('-').unwrap();
+                let (node, pod) = (node.parse().unwrap(), pod.parse().unwrap());
+                cluster.relabel(node, pod, "parked");
+                thread::sleep(Duration::from_millis(200));
+                let next = only(&name, &client, protocol, ways(&name), family);
+                assert_ne!(next, first, "{name} {protocol:?}");
+                cluster.relabel(node, pod, "web");
+                thread::sleep(Duration::from_millis(200));
+                assert_eq!(only(&name, &client, protocol, ways(&name), family), next, "{name} {protocol:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_client_is_forgotten_when_its_time_is_over_and_not_before() {
+    let cluster = sticky(2, &[]);
+    for (name, client) in clients(&cluster.lab).into_iter().filter(|(name, _)| !name.ends_with("-2")) {
+        let to = ways(&name)[0].addresses(10)[0];
+        let first = only(&name, &client, Protocol::Tcp, ways(&name), 0);
+        for _ in 0..3 {
+            // Each is within the time of the one before.
+            thread::sleep(Duration::from_millis(1200));
+            assert_eq!(client.ask(Protocol::Tcp, to).unwrap().by, first, "{name}");
+        }
+        let start = Instant::now();
+        while client.ask(Protocol::Tcp, to).unwrap().by == first {
+            assert!(start.elapsed() < Duration::from_secs(60), "{name}: {first} for ever");
+            thread::sleep(Duration::from_millis(2200));
+        }
+    }
+}
+
+#[test]
+fn datagrams_of_one_socket_refresh_nothing() {
+    let cluster = sticky(2, &[]);
+    let client = cluster.lab.host_client(cluster.lab.node(1));
+    let to = By::ClusterIp.addresses(10)[0];
+    let socket = client.udp(to).unwrap();
+    let first = ask_datagram(&socket, to).unwrap().by;
+    let start = Instant::now();
+    loop {
+        for _ in 0..5 {
+            thread::sleep(Duration::from_millis(500));
+            assert_eq!(ask_datagram(&socket, to).unwrap().by, first, "the flow stays");
+        }
+        if client.ask(Protocol::UdpUnconnected, to).unwrap().by != first {
+            break;
+        }
+        assert!(start.elapsed() < Duration::from_secs(60), "{first} for ever");
+    }
+}
