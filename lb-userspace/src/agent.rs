@@ -105,6 +105,8 @@ struct Agent {
     failed: Option<String>,
     attach_failed: Option<String>,
     sockets_failed: Option<String>,
+    /// Where this is the first start: until when older connections may exist.
+    leaves_mid_flow: Option<u32>,
     alarm: TokioInstant,
     start: Instant,
     report: Report,
@@ -116,6 +118,7 @@ impl Agent {
         let memory = kernel.memory().context("reading what is pinned")?;
         let adopted = memory.frontends.len();
         let image = Image::restore(memory, 0);
+        let leaves_mid_flow = (!kernel.has_tables()).then(kernel::older_connections_until);
         info!(
             node = options.node,
             bpffs = %options.kernel.bpffs.display(),
@@ -142,6 +145,7 @@ impl Agent {
             failed: None,
             attach_failed: None,
             sockets_failed: None,
+            leaves_mid_flow,
             alarm: TokioInstant::now() + EXPIRY_INTERVAL,
             start: Instant::now(),
             report,
@@ -253,7 +257,10 @@ impl Agent {
         }
         let begin = Instant::now();
         let now = self.now();
-        let mut writes = self.pipeline.compile(now);
+        // First, or an agent that dies meanwhile would leave frontends to packets of older connections.
+        let until = self.leaves_mid_flow;
+        let mut writes = until.map(|until| self.pipeline.image_mut().leave_mid_flow(until)).unwrap_or_default();
+        writes.extend(self.pipeline.compile(now));
         // The node's primary addresses, which rows of devices depend on, are known only now.
         let primary = &self.pipeline.view().primary;
         if self.rows_of.as_ref() != Some(primary) {

@@ -9,6 +9,7 @@ pub mod folder;
 pub mod links;
 mod netlink;
 pub mod object;
+mod older;
 pub mod pinned;
 pub mod preflight;
 mod sys;
@@ -20,13 +21,16 @@ use anyhow::{Context as _, Result, bail};
 use lb_common::{layout::bit_index, memory::Memory};
 use tracing::{info, warn};
 
-pub use self::sys::release_memory;
 use self::{
     devices::Snapshot,
     folder::{Cgroup, Folder},
     links::{Attached, Links, Port},
     object::{Capacity, Constants, Programs, Table},
     tables::{Statistics, Stopped, Store},
+};
+pub use self::{
+    older::{older_connections_until, programs_now},
+    sys::release_memory,
 };
 use crate::image::Write;
 
