@@ -105,6 +105,7 @@ struct Agent {
     failed: Option<String>,
     attach_failed: Option<String>,
     sockets_failed: Option<String>,
+    ports_failed: Option<String>,
     /// Where this is the first start: until when older connections may exist.
     leaves_mid_flow: Option<u32>,
     alarm: TokioInstant,
@@ -145,6 +146,7 @@ impl Agent {
             failed: None,
             attach_failed: None,
             sockets_failed: None,
+            ports_failed: None,
             leaves_mid_flow,
             alarm: TokioInstant::now() + EXPIRY_INTERVAL,
             start: Instant::now(),
@@ -179,6 +181,14 @@ impl Agent {
         let writes = self.pipeline.sweep(now);
         self.write(&writes);
         self.attach_sockets();
+        if let Err(error) = self.kernel.reserve_ports() {
+            let text = format!(
+                "{error:#}: the node's processes may take the ports that masquerading takes (--masquerade-ports); put them into \
+                 net.ipv4.ip_local_reserved_ports by other means"
+            );
+            warn!("{text}");
+            self.ports_failed = Some(text);
+        }
         self.report.ready = self.failed.is_none();
         // The first list takes much more than what stays of it, and never comes again.
         kernel::release_memory();
@@ -369,7 +379,9 @@ impl Agent {
         report.problems.extend(self.failed.iter().map(|text| format!("tables: {text}")));
         report.problems.extend(self.attach_failed.iter().map(|text| format!("devices: {text}")));
         report.problems.extend(self.sockets_failed.iter().map(|text| format!("sockets: {text}")));
+        report.problems.extend(self.ports_failed.iter().map(|text| format!("ports: {text}")));
         report.problems.extend(self.shadowed());
+        report.problems.extend(self.kernel.colliding_node_ports(self.pipeline.image().memory()));
         report.problems.extend(self.kernel.problems(&self.snapshot));
         let statistics = self.kernel.statistics();
         report.bpf_calls = statistics.calls;

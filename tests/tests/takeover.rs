@@ -2,12 +2,14 @@
 
 #![expect(clippy::unwrap_used, reason = "a helper of a test fails as the test does")]
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr, TcpStream};
+use std::time::Duration;
 
-use tests::cluster::{By, TARGET, addressed, one_service_a_kind};
+use tests::cluster::{By, Cluster, TARGET, addressed, one_service_a_kind};
 use tests::command;
 use tests::manifest::{Service, node_object};
 use tests::traffic::client::{ask_on, echo_on};
+use tests::traffic::socket::connect_tcp;
 use tests::{Agent, Lab, Protocol, Topology};
 
 /// DNAT of connections as kube-proxy's rules do it.
@@ -69,5 +71,67 @@ fn connections_that_are_older_than_the_first_start_go_on_and_new_ones_are_ours()
         }
         agent.kill();
         agent.restart();
+    }
+}
+
+#[test]
+fn the_masquerade_ports_are_reserved_while_an_agent_is_there_and_what_was_reserved_stays() {
+    const KEY: &str = "net/ipv4/ip_local_reserved_ports";
+    let lab = Lab::new(Topology::default());
+    let netns = &lab.node(1).netns;
+    for (before, with_default, with_other) in [
+        ("", "61000-65095", "50000-50127"),
+        ("8080,61500,65000-65535", "8080,61000-65535", "8080,50000-50127,61500,65000-65535"),
+    ] {
+        netns.set_sysctls(&[(KEY, &format!("{before}\n"))]).unwrap();
+        let mut agent = Agent::start(&lab, lab.node(1), &[]);
+        assert_eq!(netns.sysctl(KEY).unwrap(), with_default);
+        agent.terminate();
+        let mut other = Agent::start(&lab, lab.node(1), &["--masquerade-ports", "50000-50127"]);
+        assert_eq!(netns.sysctl(KEY).unwrap(), with_other);
+        other.kill();
+        agent.restart();
+        assert_eq!(netns.sysctl(KEY).unwrap(), with_default);
+        agent.terminate();
+        assert_eq!(netns.sysctl(KEY).unwrap(), with_default, "the data plane goes on");
+        agent.cleanup();
+        assert_eq!(netns.sysctl(KEY).unwrap(), before);
+    }
+}
+
+#[test]
+fn a_node_port_among_the_masquerade_ports_is_named_in_the_status() {
+    let cluster = Cluster::web(Topology::default(), &["--masquerade-ports", "30000-30127"]);
+    let problems = cluster.agents[0].cli_json(&["status"])["problems"].clone();
+    let named = |text: &str| text.contains("default/web:tcp") && text.contains("NodePort 30010");
+    assert!(problems.as_array().unwrap().iter().any(|text| named(text.as_str().unwrap())), "{problems}");
+}
+
+#[test]
+fn a_masquerade_port_that_the_node_itself_uses_towards_the_endpoint_is_not_taken() {
+    // A range of few ports: without a look at who has them, half of the connections would take one of the node's.
+    let cluster = Cluster::new(Topology::default(), &["--masquerade-ports", "61000-61031"], one_service_a_kind);
+    let lab = &cluster.lab;
+    let (node, pod) = (lab.node(1), lab.pod(2, 1));
+    for (own, endpoint, to) in [
+        (IpAddr::from(node.v4()), IpAddr::from(pod.v4), By::NodePort(1).addresses(12)[0]),
+        (node.v6().into(), pod.v6.into(), By::NodePort(1).addresses(12)[1]),
+    ] {
+        let timeout = Duration::from_millis(500);
+        let mut streams: Vec<TcpStream> = (61_000..61_016)
+            .map(|port| {
+                let from = Some(SocketAddr::new(own, port));
+                node.netns.run(|| connect_tcp(from, (endpoint, TARGET).into(), timeout)).unwrap()
+            })
+            .collect();
+        let outside = lab.outside_client();
+        for _ in 0..12 {
+            let mut stream = outside.connect(to).unwrap();
+            let answer = ask_on(&mut stream).unwrap();
+            assert!(!(61_000..61_016).contains(&answer.from.port()), "{to}: it came from {}", answer.from);
+        }
+        for stream in &mut streams {
+            echo_on(stream, 100, 7).unwrap();
+        }
     }
 }
