@@ -8,7 +8,6 @@ pub mod report;
 
 use std::{
     net::IpAddr,
-    path::PathBuf,
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
@@ -28,15 +27,21 @@ use self::{
     report::{LastChange, Report, ServiceReport},
 };
 use crate::{
+    config::Config,
     image::Image,
     kernel::{
         self, Kernel,
         devices::{Snapshot, watch::Watch},
     },
-    model::Kind,
+    model::{Kind, Node},
     pipeline::Pipeline,
-    plan::node::NodeOptions,
-    source::{Manifests, Problem, Update},
+    plan::{Expected, node::NodeOptions},
+    serve::{
+        self, Serve,
+        health::{Family, Moment},
+        node_ports::Checks,
+    },
+    source::{Place, Problem, Source, Update},
 };
 
 /// How often bits that no flow can name any more are looked for.
@@ -47,26 +52,30 @@ const RETRY: Duration = Duration::from_secs(1);
 /// What the operator says.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// The folder of manifests.
-    pub manifests: PathBuf,
+    /// Where Services and endpoints come from.
+    pub source: Place,
     /// The node's name.
     pub node: String,
     /// What of kube-proxy's configuration concerns the node.
     pub node_options: NodeOptions,
+    /// All of kube-proxy's configuration.
+    pub config: Config,
     /// Pins, cgroup, attachment.
     pub kernel: kernel::Options,
+    /// The HTTP servers.
+    pub serve: serve::Options,
 }
 
 /// Runs until SIGTERM or SIGINT, and leaves the data plane as it is.
 ///
 /// # Errors
 ///
-/// When the kernel or the folder refuses something without which nothing can be done. What fails later is said and tried
+/// When the kernel or the source refuses something without which nothing can be done. What fails later is said and tried
 /// again.
 pub async fn run(options: Options) -> Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
-    let mut source = Manifests::open(&options.manifests)?;
+    let mut source = Source::open(&options.source).await?;
     let mut watch = Watch::open()?;
     let mut agent = Agent::open(&options)?;
     let mut door = Door::open(&options.kernel.bpffs)?;
@@ -82,9 +91,10 @@ pub async fn run(options: Options) -> Result<()> {
             update = source.next() => match update {
                 Some(update) if update.first => agent.begin(update, watch.snapshot())?,
                 Some(update) => agent.take(update),
-                None => bail!("the folder of manifests can't be watched any more"),
+                None => bail!("the source of Services can't be watched any more"),
             },
             (question, answer) = door.next() => answer.send(agent.answer(question)),
+            trouble = agent.serve.fatal() => bail!("{trouble} (bindAddressHardFail)"),
             () = sleep_until(agent.alarm) => agent.wake(),
         }
     }
@@ -106,11 +116,16 @@ struct Agent {
     attach_failed: Option<String>,
     sockets_failed: Option<String>,
     ports_failed: Option<String>,
-    /// Where this is the first start: until when older connections may exist.
+    /// Where nothing was attached at the start: until when older connections may exist.
     leaves_mid_flow: Option<u32>,
     alarm: TokioInstant,
     start: Instant,
     report: Report,
+    serve: Serve,
+    /// Whether the cluster had this node's Node object at any time.
+    had_node: bool,
+    /// Where health checks of Services listen, as it was said last.
+    check_addresses: Vec<IpAddr>,
 }
 
 impl Agent {
@@ -119,7 +134,7 @@ impl Agent {
         let memory = kernel.memory().context("reading what is pinned")?;
         let adopted = memory.frontends.len();
         let image = Image::restore(memory, 0);
-        let leaves_mid_flow = (!kernel.has_tables()).then(kernel::older_connections_until);
+        let leaves_mid_flow = kernel.is_detached()?.then(kernel::older_connections_until);
         info!(
             node = options.node,
             bpffs = %options.kernel.bpffs.display(),
@@ -151,6 +166,9 @@ impl Agent {
             alarm: TokioInstant::now() + EXPIRY_INTERVAL,
             start: Instant::now(),
             report,
+            serve: Serve::start(options.serve.clone())?,
+            had_node: false,
+            check_addresses: Vec::new(),
         })
     }
 
@@ -171,12 +189,13 @@ impl Agent {
     fn begin(&mut self, update: Update, snapshot: &Snapshot) -> Result<()> {
         let changes = update.changes.len();
         debug!(changes, milliseconds = self.milliseconds(), "the first list is read");
+        self.kernel.prepare(&Expected::of(&update.changes))?;
         self.take_in(update);
         self.begun = true;
-        self.see_devices(snapshot);
-        if let Some(text) = self.failed.as_ref().filter(|_| !self.kernel.has_tables()) {
-            bail!("{text}");
-        }
+        self.set_devices(snapshot);
+        self.compile();
+        self.kernel.verified()?;
+        self.attach_devices();
         let now = self.now();
         let writes = self.pipeline.sweep(now);
         self.write(&writes);
@@ -226,9 +245,16 @@ impl Agent {
 
     fn take_in(&mut self, update: Update) {
         let Update { changes, problems, skipped, .. } = update;
+        let now = Moment::now();
         for change in changes {
-            self.pipeline.take(change);
+            if self.pipeline.take(change) {
+                self.serve.health().taken(now);
+            }
         }
+        let node = self.pipeline.model().node();
+        self.had_node |= node.is_some();
+        // Where the cluster never had it, as in a folder of manifests, it can't be going away.
+        self.serve.health().set_eligible(node.map_or(!self.had_node, Node::is_eligible));
         for problem in &problems {
             if !self.report.source_problems.contains(problem) {
                 warn!("{problem}");
@@ -240,14 +266,21 @@ impl Agent {
 
     /// Follows devices and addresses: rows first, then programs, so that none runs on a device that the tables don't know.
     fn see_devices(&mut self, snapshot: &Snapshot) {
+        self.set_devices(snapshot);
+        if self.begun {
+            self.compile();
+            self.attach_devices();
+        }
+    }
+
+    fn set_devices(&mut self, snapshot: &Snapshot) {
         self.snapshot = snapshot.clone();
         self.rows_of = None;
-        if !self.begun {
-            return;
-        }
         self.pipeline.set_interfaces(snapshot.node_addresses().into_iter().map(|(_, addr)| addr).collect());
-        self.compile();
-        match self.kernel.attach_devices(&snapshot.ports()) {
+    }
+
+    fn attach_devices(&mut self) {
+        match self.kernel.attach_devices(&self.snapshot.ports()) {
             Ok(()) => self.attach_failed = None,
             Err(error) => {
                 let text = format!("{error:#}");
@@ -280,6 +313,7 @@ impl Agent {
         }
         debug!(writes = writes.len(), milliseconds = self.milliseconds(), "planned");
         self.write(&writes);
+        self.publish();
         debug!(milliseconds = self.milliseconds(), "written");
         if !writes.is_empty() {
             self.report.last_change = Some(LastChange {
@@ -293,7 +327,25 @@ impl Agent {
         }
     }
 
+    /// Tells the health checks of Services what is effective.
+    fn publish(&mut self) {
+        if self.failed.is_some() {
+            return;
+        }
+        let services = self.pipeline.changed_health_checks();
+        let addresses = self.pipeline.health_check_addresses();
+        let addresses = (self.check_addresses != addresses).then(|| addresses.to_vec());
+        if let Some(addresses) = &addresses {
+            self.check_addresses.clone_from(addresses);
+        }
+        if !services.is_empty() || addresses.is_some() {
+            self.serve.set_checks(Checks { services, addresses });
+        }
+    }
+
     fn write(&mut self, writes: &[crate::image::Write]) {
+        let families = families(writes);
+        self.serve.health().queued(&families, Moment::now());
         if writes.is_empty() || self.failed.is_some() {
             return;
         }
@@ -303,7 +355,9 @@ impl Agent {
             self.failed = Some(text);
             self.report.ready = false;
             self.alarm = TokioInstant::now() + RETRY;
+            return;
         }
+        self.serve.health().updated(&families, Moment::now());
     }
 
     /// What is due: another try after a failure, else old bits.
@@ -320,6 +374,7 @@ impl Agent {
                     let writes = self.pipeline.sweep(now);
                     self.write(&writes);
                     if self.failed.is_none() {
+                        self.serve.health().updated(&Family::ALL, Moment::now());
                         self.report.ready = true;
                         info!("the tables are as they should be again");
                     }
@@ -380,6 +435,7 @@ impl Agent {
         report.problems.extend(self.attach_failed.iter().map(|text| format!("devices: {text}")));
         report.problems.extend(self.sockets_failed.iter().map(|text| format!("sockets: {text}")));
         report.problems.extend(self.ports_failed.iter().map(|text| format!("ports: {text}")));
+        report.problems.extend(self.serve.troubles().iter().map(ToString::to_string));
         report.problems.extend(self.shadowed());
         report.problems.extend(self.kernel.colliding_node_ports(self.pipeline.image().memory()));
         report.problems.extend(self.kernel.problems(&self.snapshot));
@@ -417,4 +473,11 @@ impl Agent {
             })
             .collect()
     }
+}
+
+/// The families whose plan these writes carry out.
+fn families(writes: &[crate::image::Write]) -> Vec<Family> {
+    let (v4, v6) =
+        writes.iter().map(crate::image::Write::families).fold((false, false), |(v4, v6), one| (v4 | one.0, v6 | one.1));
+    [(v4, Family::V4), (v6, Family::V6)].into_iter().filter(|(any, _)| *any).map(|(_, family)| family).collect()
 }

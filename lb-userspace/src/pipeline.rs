@@ -14,8 +14,8 @@ use crate::{
     image::{Image, Write},
     model::{Affected, Change, Model, ObjectName, address::parse_cidr},
     plan::{
-        Conflict, NodeView, Planner, Problem, ServicePlan, Step,
-        node::{NodeOptions, node_addresses},
+        Conflict, HealthCheck, NodeView, Planner, Problem, ServicePlan, Step,
+        node::{NodeOptions, health_check_addresses, node_addresses},
         plan_service,
     },
 };
@@ -35,6 +35,10 @@ pub struct Pipeline {
     node_problems: Vec<Problem>,
     /// Problems that the last compilation found and those before had not.
     fresh: Vec<Problem>,
+    health_checks: BTreeMap<ObjectName, HealthCheck>,
+    /// Services whose health check changed since somebody asked.
+    changed_checks: BTreeSet<ObjectName>,
+    check_addresses: Vec<IpAddr>,
 }
 
 impl Pipeline {
@@ -54,6 +58,9 @@ impl Pipeline {
             problems: BTreeMap::new(),
             node_problems: Vec::new(),
             fresh: Vec::new(),
+            health_checks: BTreeMap::new(),
+            changed_checks: BTreeSet::new(),
+            check_addresses: Vec::new(),
         }
     }
 
@@ -98,6 +105,18 @@ impl Pipeline {
         std::mem::take(&mut self.fresh)
     }
 
+    /// Health checks of Services that changed since the last call, with what they are now.
+    pub fn changed_health_checks(&mut self) -> BTreeMap<ObjectName, Option<HealthCheck>> {
+        let changed = std::mem::take(&mut self.changed_checks);
+        changed.into_iter().map(|name| (name.clone(), self.health_checks.get(&name).copied())).collect()
+    }
+
+    /// Where healthCheckNodePorts listen; unspecified stands for every address of its family.
+    #[must_use]
+    pub fn health_check_addresses(&self) -> &[IpAddr] {
+        &self.check_addresses
+    }
+
     /// What of one Service can't be used now.
     #[must_use]
     pub fn problems_of(&self, service: &ObjectName) -> Vec<Problem> {
@@ -120,10 +139,12 @@ impl Pipeline {
         self.pending = Affected { services, node: true, service_cidrs: true };
     }
 
-    /// Takes a change in. Its writes come with the next [`Self::compile`].
-    pub fn take(&mut self, change: Change) {
+    /// Takes a change in. Its writes come with the next [`Self::compile`]. Whether anything has to be planned again.
+    pub fn take(&mut self, change: Change) -> bool {
         let affected = self.model.apply(change);
+        let any = affected != Affected::default();
         self.pending.merge(affected);
+        any
     }
 
     /// The addresses on the node's interfaces, loopback or not. Their writes come with the next [`Self::compile`].
@@ -145,6 +166,7 @@ impl Pipeline {
             let (addresses, problems): (BTreeMap<Addr, NodeAddress>, _) =
                 node_addresses(&self.interfaces, &view, &self.options);
             writes.extend(self.image.set_node_addresses(&addresses));
+            self.check_addresses = health_check_addresses(&addresses, &self.options);
             self.fresh.extend(problems.iter().filter(|problem| !self.node_problems.contains(problem)).cloned());
             self.node_problems = problems;
             if view != self.view {
@@ -178,6 +200,14 @@ impl Pipeline {
             object.map(|object| plan_service(object, &self.model.backends(service), &self.view)).unwrap_or_default();
         let age = object.and_then(|object| object.metadata.creation_timestamp.as_deref());
         let known = self.problems_of(service);
+        let check = plan.as_ref().and_then(|plan| plan.health_check);
+        let had = match check {
+            Some(check) => self.health_checks.insert(service.clone(), check),
+            None => self.health_checks.remove(service),
+        };
+        if had != check {
+            self.changed_checks.insert(service.clone());
+        }
         let step = self.planner.update(service, plan, age);
         if problems.is_empty() {
             self.problems.remove(service);

@@ -4,6 +4,7 @@
 
 pub mod address;
 pub mod claims;
+mod expected;
 pub mod node;
 mod service;
 pub mod topology;
@@ -19,6 +20,7 @@ use lb_common::{
 use crate::model::{ObjectName, object::Protocol};
 
 pub use claims::{Conflict, Planner, Step};
+pub use expected::Expected;
 pub use service::plan_service;
 
 /// An endpoint of a Service as the model knows it, for one Service port.
@@ -107,6 +109,19 @@ pub struct ServicePlan {
     pub any_port: Vec<Addr>,
     /// Distinct addresses of ready endpoints on this node: what health checks of load balancers report.
     pub local_ready: usize,
+    /// What its healthCheckNodePort answers, if it has one.
+    pub health_check: Option<HealthCheck>,
+}
+
+/// A Service's healthCheckNodePort: where load balancers ask whether this node has endpoints (`kube-proxy.md` §7).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HealthCheck {
+    /// The port.
+    pub port: u16,
+    /// Distinct IPv4 addresses of ready endpoints on this node; none if the Service has no IPv4 ClusterIP.
+    pub v4: Option<usize>,
+    /// The same for IPv6.
+    pub v6: Option<usize>,
 }
 
 impl ServicePlan {

@@ -93,7 +93,7 @@ fn plan(service: u8, sketch: &Sketch) -> ServicePlan {
     if sketch.second_port {
         ports.push(plan_port(service, "https", 443, sketch));
     }
-    ServicePlan { ports, any_port: vec![v4([172, 30, 0, service])], local_ready: 0 }
+    ServicePlan { ports, any_port: vec![v4([172, 30, 0, service])], local_ready: 0, health_check: None }
 }
 
 /// Reads the tables as if everyone were in the source ranges.

@@ -54,6 +54,31 @@ pub enum Write {
 }
 
 impl Write {
+    /// Whose family's plan this writes: IPv4's, IPv6's. Entries that others lead to (slots, names, bits) are nobody's own.
+    #[must_use]
+    pub fn families(&self) -> (bool, bool) {
+        let of = |addr: &Addr| (addr.is_v4(), !addr.is_v4());
+        match self {
+            Self::Endpoint(_, endpoint) => of(&endpoint.addr),
+            Self::SourceRange(key)
+            | Self::RemoveSourceRange(key)
+            | Self::LocalCidr(key)
+            | Self::RemoveLocalCidr(key)
+            | Self::ServiceCidr(key)
+            | Self::RemoveServiceCidr(key) => of(&key.addr),
+            Self::Frontend(key, _) | Self::RemoveFrontend(key) => of(&key.addr),
+            Self::NodeAddress(addr, _) | Self::RemoveNodeAddress(addr) => of(addr),
+            Self::Device(..) | Self::RemoveDevice(_) | Self::Settings(_) => (true, true),
+            Self::Slots(..)
+            | Self::Service(..)
+            | Self::RemoveService(_)
+            | Self::FrontendBit(_)
+            | Self::EndpointBit(_)
+            | Self::ClearFrontendBit(_)
+            | Self::ClearEndpointBit(_) => (false, false),
+        }
+    }
+
     /// Does to tables in memory what the kernel's tables get.
     pub fn apply(&self, memory: &mut Memory) {
         match self {

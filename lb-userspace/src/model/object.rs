@@ -355,6 +355,28 @@ pub struct NodeSpec {
     /// The first of them.
     #[serde(rename = "podCIDR")]
     pub pod_cidr: Option<String>,
+    /// What keeps Pods away.
+    #[serde(deserialize_with = "nullable")]
+    pub taints: Vec<Taint>,
+}
+
+/// A taint of a Node.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Deserialize)]
+#[serde(default)]
+pub struct Taint {
+    /// Its key.
+    #[serde(deserialize_with = "nullable")]
+    pub key: String,
+}
+
+impl Node {
+    /// Whether load balancers should send new connections here: the Node is neither being deleted nor about to be, which the
+    /// cluster autoscaler says with a taint (KEP-3836).
+    #[must_use]
+    pub fn is_eligible(&self) -> bool {
+        self.metadata.deletion_timestamp.is_none()
+            && self.spec.taints.iter().all(|taint| taint.key != "ToBeDeletedByClusterAutoscaler")
+    }
 }
 
 /// `status` of a Node.

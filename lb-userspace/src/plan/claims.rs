@@ -262,7 +262,7 @@ mod tests {
             source_ranges: BTreeSet::new(),
         };
         let any_port = vec![Addr::UNSPECIFIED_V6];
-        (service, Some(ServicePlan { ports: vec![port], any_port, local_ready: 0 }))
+        (service, Some(ServicePlan { ports: vec![port], any_port, local_ready: 0, health_check: None }))
     }
 
     /// `service: ports` of a step.

@@ -15,7 +15,7 @@ use lb_common::{
 };
 
 use super::{
-    Backend, NodeView, PlannedEndpoint, PlannedFrontend, PortName, PortPlan, Problem, ServicePlan,
+    Backend, HealthCheck, NodeView, PlannedEndpoint, PlannedFrontend, PortName, PortPlan, Problem, ServicePlan,
     address::{host, same_family},
     topology::{Sets, categorize, is_local},
 };
@@ -43,7 +43,23 @@ pub fn plan_service(service: &Service, backends: &[Backend], node: &NodeView) ->
         .map(|backend| backend.addr)
         .collect();
     let any_port = families.iter().map(|family| family.cluster_ip.into()).collect();
-    (Some(ServicePlan { ports, any_port, local_ready: local_ready.len() }), reader.problems)
+    let health_check = health_check(service, &families, &local_ready);
+    (Some(ServicePlan { ports, any_port, local_ready: local_ready.len(), health_check }), reader.problems)
+}
+
+/// Only Services for which a load balancer must know where the endpoints are have one.
+fn health_check(service: &Service, families: &[Family], local_ready: &BTreeSet<IpAddr>) -> Option<HealthCheck> {
+    let spec = &service.spec;
+    let wanted = spec.type_ == ServiceType::LoadBalancer && spec.external_traffic_policy == TrafficPolicy::Local;
+    let count = |v4: bool| {
+        let has_family = families.iter().any(|family| family.cluster_ip.is_ipv4() == v4);
+        has_family.then(|| local_ready.iter().filter(|addr| addr.is_ipv4() == v4).count())
+    };
+    (wanted && spec.health_check_node_port != 0).then(|| HealthCheck {
+        port: spec.health_check_node_port,
+        v4: count(true),
+        v6: count(false),
+    })
 }
 
 /// The addresses of a Service in one family.

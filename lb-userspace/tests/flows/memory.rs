@@ -79,7 +79,7 @@ fn pipeline(case: &Case, mode: &str) -> Pipeline {
 
 fn from_scratch(case: &Case, mode: &str) -> Pipeline {
     let mut pipeline = pipeline(case, mode);
-    objects(case, &case.objects).into_iter().for_each(|object| pipeline.take(Change::Upsert(object)));
+    objects(case, &case.objects).into_iter().for_each(|object| _ = pipeline.take(Change::Upsert(object)));
     pipeline.compile(0);
     pipeline
 }
@@ -163,7 +163,7 @@ fn the_way_to_a_state_leaves_no_trace_in_it() {
         let mut pipeline = pipeline(case, mode);
         let mut kernel = pipeline.image().memory().clone();
         let mut step = |pipeline: &mut Pipeline, changes: Vec<Change>, now| {
-            changes.into_iter().for_each(|change| pipeline.take(change));
+            changes.into_iter().for_each(|change| _ = pipeline.take(change));
             let writes = pipeline.compile(now);
             writes.iter().for_each(|write: &Write| write.apply(&mut kernel));
             assert_eq!(&kernel, pipeline.image().memory(), "{}", case.id);

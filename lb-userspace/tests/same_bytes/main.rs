@@ -73,7 +73,7 @@ impl Loaded {
         let mut pipeline = Pipeline::new("node1", NodeOptions::default(), Image::default());
         let update = manifests::read_all(&objects).unwrap();
         assert!(update.problems.is_empty(), "{:?}", update.problems);
-        update.changes.into_iter().for_each(|change| pipeline.take(change));
+        update.changes.into_iter().for_each(|change| _ = pipeline.take(change));
         pipeline
             .set_interfaces(["10.99.0.11", "fd00:99::11", "127.0.0.1", "::1"].map(|ip| ip.parse().unwrap()).to_vec());
         let device =

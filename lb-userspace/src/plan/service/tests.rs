@@ -133,6 +133,38 @@ fn families_have_their_own_addresses_endpoints_and_ranges() {
 }
 
 #[test]
+fn only_a_load_balancer_with_policy_local_has_a_health_check_and_each_family_its_count() {
+    let backends = [
+        backend("10.0.0.1", "here"),
+        backend("10.0.0.1", "here"),
+        backend("10.0.0.2", "there"),
+        backend("fd00:10::2", "here"),
+    ];
+    for (type_, policy, port, cluster_ips, want) in [
+        (
+            ServiceType::LoadBalancer,
+            TrafficPolicy::Local,
+            30301,
+            &["172.30.0.41", "fd00::41"][..],
+            Some((Some(1), Some(1))),
+        ),
+        (ServiceType::LoadBalancer, TrafficPolicy::Local, 30301, &["172.30.0.41"], Some((Some(1), None))),
+        (ServiceType::LoadBalancer, TrafficPolicy::Local, 0, &["172.30.0.41"], None),
+        (ServiceType::LoadBalancer, TrafficPolicy::Cluster, 30301, &["172.30.0.41"], None),
+        (ServiceType::NodePort, TrafficPolicy::Local, 30301, &["172.30.0.41"], None),
+    ] {
+        let service = service(|s| {
+            s.spec.type_ = type_;
+            s.spec.external_traffic_policy = policy;
+            s.spec.health_check_node_port = port;
+            s.spec.cluster_ips = cluster_ips.iter().map(|ip| (*ip).to_owned()).collect();
+        });
+        let check = plan_service(&service, &backends, &node()).0.unwrap().health_check;
+        assert_eq!(check.map(|check| (check.v4, check.v6)), want, "{type_:?} {policy:?} {port} {cluster_ips:?}");
+    }
+}
+
+#[test]
 fn flows_may_stay_with_everything_that_serves() {
     let unready = Backend { ready: false, ..backend("10.0.0.3", "there") };
     let dead = Backend { ready: false, serving: false, ..backend("10.0.0.4", "there") };
