@@ -19,7 +19,10 @@ use super::netlink::request;
 /// The device to which mode ipvs gives the addresses of Services.
 const IPVS_DEVICE: &str = "kube-ipvs0";
 
-/// The sets of mode ipvs; those for IPv6 have `6-` before the name's end (`KUBE-6-…`).
+/// Longer names of sets are cut off, by kube-proxy for ipset.
+const SET_NAME: usize = 31;
+
+/// The sets of mode ipvs, behind `KUBE-` and, for IPv6, `KUBE-6-`.
 const SETS: [&str; 17] = [
     "LOOP-BACK",
     "CLUSTER-IP",
@@ -69,7 +72,8 @@ pub fn remove() -> Result<Vec<String>> {
         Err(error) => errors.push(format!("device {IPVS_DEVICE}: {error}")),
     }
     iptables::remove(&mut removed, &mut errors);
-    for name in SETS.iter().flat_map(|name| [format!("KUBE-{name}"), format!("KUBE-6-{name}")]) {
+    for mut name in SETS.iter().flat_map(|name| [format!("KUBE-{name}"), format!("KUBE-6-{name}")]) {
+        name.truncate(SET_NAME);
         match netfilter::destroy_set(&name) {
             Ok(true) => removed.push(format!("ipset {name}")),
             Ok(false) => {}
