@@ -32,10 +32,11 @@ use crate::{
     kernel::{
         self, Kernel,
         devices::{Snapshot, watch::Watch},
+        sockets,
     },
     model::{Kind, Node},
     pipeline::Pipeline,
-    plan::node::NodeOptions,
+    plan::{Expected, node::NodeOptions},
     serve::{
         self, Serve,
         health::{Family, Moment},
@@ -46,6 +47,8 @@ use crate::{
 
 /// How often bits that no flow can name any more are looked for.
 const EXPIRY_INTERVAL: Duration = Duration::from_secs(60);
+/// How long after a change sockets are looked at: a process may be in the middle of connect(2), and changes come together.
+const SETTLING: Duration = Duration::from_millis(10);
 /// How long after a failed write everything is compared and written again.
 const RETRY: Duration = Duration::from_secs(1);
 
@@ -96,6 +99,7 @@ pub async fn run(options: Options) -> Result<()> {
             (question, answer) = door.next() => answer.send(agent.answer(question)),
             trouble = agent.serve.fatal() => bail!("{trouble} (bindAddressHardFail)"),
             () = sleep_until(agent.alarm) => agent.wake(),
+            () = sleep_until(agent.look.unwrap_or(agent.alarm)), if agent.look.is_some() => agent.end_sockets(),
         }
     }
     info!("stopped; the data plane goes on without an agent (`fairlead cleanup` removes it)");
@@ -115,7 +119,10 @@ struct Agent {
     failed: Option<String>,
     attach_failed: Option<String>,
     sockets_failed: Option<String>,
+    astray_failed: Option<String>,
     alarm: TokioInstant,
+    /// When to look for sockets that the last changes have led astray.
+    look: Option<TokioInstant>,
     start: Instant,
     report: Report,
     serve: Serve,
@@ -157,7 +164,9 @@ impl Agent {
             failed: None,
             attach_failed: None,
             sockets_failed: None,
+            astray_failed: None,
             alarm: TokioInstant::now() + EXPIRY_INTERVAL,
+            look: None,
             start: Instant::now(),
             report,
             serve: Serve::start(options.serve.clone())?,
@@ -183,12 +192,13 @@ impl Agent {
     fn begin(&mut self, update: Update, snapshot: &Snapshot) -> Result<()> {
         let changes = update.changes.len();
         debug!(changes, milliseconds = self.milliseconds(), "the first list is read");
+        self.kernel.prepare(&Expected::of(&update.changes))?;
         self.take_in(update);
         self.begun = true;
-        self.see_devices(snapshot);
-        if let Some(text) = self.failed.as_ref().filter(|_| !self.kernel.has_tables()) {
-            bail!("{text}");
-        }
+        self.set_devices(snapshot);
+        self.compile();
+        self.kernel.verified()?;
+        self.attach_devices();
         let now = self.now();
         let writes = self.pipeline.sweep(now);
         self.write(&writes);
@@ -211,7 +221,11 @@ impl Agent {
 
     fn attach_sockets(&mut self) {
         match self.kernel.attach_sockets() {
-            Ok(()) => self.sockets_failed = None,
+            Ok(()) => {
+                self.sockets_failed = None;
+                // Some may have connected while no programs were there.
+                self.look = Some(TokioInstant::now());
+            }
             Err(error) => {
                 let text = format!("{error:#}");
                 if self.sockets_failed.as_ref() != Some(&text) {
@@ -251,14 +265,21 @@ impl Agent {
 
     /// Follows devices and addresses: rows first, then programs, so that none runs on a device that the tables don't know.
     fn see_devices(&mut self, snapshot: &Snapshot) {
+        self.set_devices(snapshot);
+        if self.begun {
+            self.compile();
+            self.attach_devices();
+        }
+    }
+
+    fn set_devices(&mut self, snapshot: &Snapshot) {
         self.snapshot = snapshot.clone();
         self.rows_of = None;
-        if !self.begun {
-            return;
-        }
         self.pipeline.set_interfaces(snapshot.node_addresses().into_iter().map(|(_, addr)| addr).collect());
-        self.compile();
-        match self.kernel.attach_devices(&snapshot.ports()) {
+    }
+
+    fn attach_devices(&mut self) {
+        match self.kernel.attach_devices(&self.snapshot.ports()) {
             Ok(()) => self.attach_failed = None,
             Err(error) => {
                 let text = format!("{error:#}");
@@ -333,6 +354,30 @@ impl Agent {
             return;
         }
         self.serve.health().updated(&families, Moment::now());
+        if self.look.is_none() && sockets::concerns(writes, self.pipeline.image().memory()) {
+            self.look = Some(TokioInstant::now() + SETTLING);
+        }
+    }
+
+    fn end_sockets(&mut self) {
+        self.look = None;
+        match self.kernel.end_sockets_astray(self.pipeline.image().memory()) {
+            Ok(0) => self.astray_failed = None,
+            Ok(sockets) => {
+                self.astray_failed = None;
+                info!(
+                    sockets,
+                    "connected UDP sockets were ended: what they were connected to is gone or has become a Service's"
+                );
+            }
+            Err(error) => {
+                let text = format!("{error:#}");
+                if self.astray_failed.as_ref() != Some(&text) {
+                    warn!(error = text, "connected UDP sockets may go on to speak to endpoints that are gone");
+                }
+                self.astray_failed = Some(text);
+            }
+        }
     }
 
     /// What is due: another try after a failure, else old bits.
@@ -350,6 +395,7 @@ impl Agent {
                     self.write(&writes);
                     if self.failed.is_none() {
                         self.serve.health().updated(&Family::ALL, Moment::now());
+                        self.look = Some(TokioInstant::now());
                         self.report.ready = true;
                         info!("the tables are as they should be again");
                     }
@@ -409,6 +455,7 @@ impl Agent {
         report.problems.extend(self.failed.iter().map(|text| format!("tables: {text}")));
         report.problems.extend(self.attach_failed.iter().map(|text| format!("devices: {text}")));
         report.problems.extend(self.sockets_failed.iter().map(|text| format!("sockets: {text}")));
+        report.problems.extend(self.astray_failed.iter().map(|text| format!("connected sockets: {text}")));
         report.problems.extend(self.serve.troubles().iter().map(ToString::to_string));
         report.problems.extend(self.shadowed());
         report.problems.extend(self.kernel.problems(&self.snapshot));

@@ -3,6 +3,7 @@
 //! In: an API server, or a folder of manifests. Out: [`Update`]s: a complete first list, then differences. Never here: what the
 //! objects mean to each other.
 
+mod ahead;
 pub mod api;
 mod check;
 mod content;

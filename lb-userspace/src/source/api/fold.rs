@@ -7,6 +7,7 @@
 use std::{
     collections::{BTreeMap, HashMap},
     mem,
+    sync::Mutex,
 };
 
 use kube::runtime::watcher::Event;
@@ -23,7 +24,7 @@ use crate::{
 /// What is known of all kinds.
 #[derive(Default)]
 pub(super) struct Fold {
-    interner: Interner,
+    interner: Mutex<Interner>,
     kinds: BTreeMap<Kind, Names>,
     problems: BTreeMap<(Kind, ObjectName), Vec<Problem>>,
     changes: Vec<Change>,
@@ -92,7 +93,7 @@ impl Fold {
         let name = raw.name(kind);
         let names = self.kinds.entry(kind).or_default();
         names.seen.insert(name.clone(), names.list);
-        let errors = match parse::read_json(&raw.text, kind, &mut self.interner) {
+        let errors = match parse::read_json(&raw.text, kind, &self.interner) {
             Ok((mut object, errors)) => {
                 self.look_at(&mut object);
                 self.changes.push(Change::Upsert(object));
