@@ -30,6 +30,7 @@ const IPVS_FLUSH: u8 = 17;
 const HEADER: usize = 16;
 const REQUEST: u16 = 1;
 const ACK: u16 = 4;
+const EXCLUSIVE: u16 = 0x200;
 
 /// Deletes a table of nftables with all that is in it.
 pub(super) fn delete_table(family: i32, name: &str) -> io::Result<bool> {
@@ -50,7 +51,9 @@ pub(super) fn has_chain(family: i32, table: &str, chain: &str) -> io::Result<boo
 pub(super) fn destroy_set(name: &str) -> io::Result<bool> {
     let kind = SUBSYSTEM_IPSET << 8 | DESTROY_SET;
     let attributes: [(u16, &[u8]); 2] = [(1, &[IPSET_PROTOCOL]), (2, &text(name))];
-    match ask(NETLINK_NETFILTER, &message(kind, REQUEST | ACK, &family_header(libc::AF_INET, 0), &attributes)) {
+    // Without EXCLUSIVE, the kernel answers as if a set that isn't there had been destroyed.
+    let flags = REQUEST | ACK | EXCLUSIVE;
+    match ask(NETLINK_NETFILTER, &message(kind, flags, &family_header(libc::AF_INET, 0), &attributes)) {
         Err(error) if error.raw_os_error() == Some(IPSET_IN_USE) => {
             Err(io::Error::other("a rule uses it; remove the rule, then try again"))
         }
