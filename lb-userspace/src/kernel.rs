@@ -12,6 +12,7 @@ pub mod object;
 pub mod pinned;
 pub mod preflight;
 mod sys;
+pub mod sysctls;
 pub mod tables;
 
 use std::{collections::BTreeSet, fs, os::fd::AsFd as _, path::PathBuf};

@@ -118,6 +118,7 @@ pub fn run(args: RunArgs) -> Result<()> {
         None => std::fs::read_to_string("/proc/sys/kernel/hostname").context("--hostname-override is missing")?,
     };
     let (masquerade_first, masquerade_ports) = args.masquerade_ports;
+    let mode = node_options.mode;
     let options = agent::Options {
         manifests: args.manifests,
         node: node.trim().to_lowercase(),
@@ -139,7 +140,7 @@ pub fn run(args: RunArgs) -> Result<()> {
             masquerade_first,
             masquerade_ports,
         },
-        serve: serve::Options::default(),
+        serve: serve::Options { mode, ..serve::Options::default() },
     };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(agent::run(options))

@@ -54,6 +54,18 @@ pub enum ProxyMode {
     Nftables,
 }
 
+impl ProxyMode {
+    /// kube-proxy's word.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Iptables => "iptables",
+            Self::Ipvs => "ipvs",
+            Self::Nftables => "nftables",
+        }
+    }
+}
+
 /// `detectLocalMode`: which sources are pods of this cluster or node.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum LocalDetector {
