@@ -8,7 +8,7 @@ pub mod report;
 
 use std::{
     net::IpAddr,
-    path::PathBuf,
+    path::Path,
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
@@ -28,20 +28,23 @@ use self::{
     report::{LastChange, Report, ServiceReport},
 };
 use crate::{
+    config::Config,
     image::Image,
     kernel::{
         self, Kernel,
         devices::{Snapshot, watch::Watch},
+        sysctls::Conntrack,
     },
     model::{Kind, Node},
     pipeline::Pipeline,
-    plan::node::NodeOptions,
+    plan::{Expected, node::NodeOptions},
     serve::{
         self, Serve,
         health::{Family, Moment},
         node_ports::Checks,
+        troubles::Trouble,
     },
-    source::{Manifests, Problem, Update},
+    source::{Place, Problem, Source, Update},
 };
 
 /// How often bits that no flow can name any more are looked for.
@@ -52,28 +55,32 @@ const RETRY: Duration = Duration::from_secs(1);
 /// What the operator says.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// The folder of manifests.
-    pub manifests: PathBuf,
+    /// Where Services and endpoints come from.
+    pub source: Place,
     /// The node's name.
     pub node: String,
     /// What of kube-proxy's configuration concerns the node.
     pub node_options: NodeOptions,
+    /// All of kube-proxy's configuration.
+    pub config: Config,
     /// Pins, cgroup, attachment.
     pub kernel: kernel::Options,
     /// The HTTP servers.
     pub serve: serve::Options,
+    /// conntrack's settings, if they are ours to make.
+    pub conntrack: Option<Conntrack>,
 }
 
 /// Runs until SIGTERM or SIGINT, and leaves the data plane as it is.
 ///
 /// # Errors
 ///
-/// When the kernel or the folder refuses something without which nothing can be done. What fails later is said and tried
+/// When the kernel or the source refuses something without which nothing can be done. What fails later is said and tried
 /// again.
 pub async fn run(options: Options) -> Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
-    let mut source = Manifests::open(&options.manifests)?;
+    let mut source = Source::open(&options.source).await?;
     let mut watch = Watch::open()?;
     let mut agent = Agent::open(&options)?;
     let mut door = Door::open(&options.kernel.bpffs)?;
@@ -89,7 +96,7 @@ pub async fn run(options: Options) -> Result<()> {
             update = source.next() => match update {
                 Some(update) if update.first => agent.begin(update, watch.snapshot())?,
                 Some(update) => agent.take(update),
-                None => bail!("the folder of manifests can't be watched any more"),
+                None => bail!("the source of Services can't be watched any more"),
             },
             (question, answer) = door.next() => answer.send(agent.answer(question)),
             trouble = agent.serve.fatal() => bail!("{trouble} (bindAddressHardFail)"),
@@ -142,6 +149,10 @@ impl Agent {
             adopted_frontends = adopted,
             "waiting for the first list"
         );
+        let serve = Serve::start(options.serve.clone(), options.kernel.bpffs.clone())?;
+        for message in options.conntrack.iter().flat_map(|conntrack| conntrack.apply(Path::new("/"))) {
+            serve.report(&message, Trouble::of_node("FailedToSetConntrack", message.clone()));
+        }
         let report = Report {
             node: options.node.clone(),
             pid: std::process::id(),
@@ -164,7 +175,7 @@ impl Agent {
             start: Instant::now(),
             birth: SystemTime::now(),
             report,
-            serve: Serve::start(options.serve.clone(), options.kernel.bpffs.clone())?,
+            serve,
             taken: None,
             full: true,
             had_node: false,
@@ -189,12 +200,13 @@ impl Agent {
     fn begin(&mut self, update: Update, snapshot: &Snapshot) -> Result<()> {
         let changes = update.changes.len();
         debug!(changes, milliseconds = self.milliseconds(), "the first list is read");
+        self.kernel.prepare(&Expected::of(&update.changes))?;
         self.take_in(update);
         self.begun = true;
-        self.see_devices(snapshot);
-        if let Some(text) = self.failed.as_ref().filter(|_| !self.kernel.has_tables()) {
-            bail!("{text}");
-        }
+        self.set_devices(snapshot);
+        self.compile();
+        self.kernel.verified()?;
+        self.attach_devices();
         let now = self.now();
         let writes = self.pipeline.sweep(now);
         self.write(&writes);
@@ -263,14 +275,21 @@ impl Agent {
 
     /// Follows devices and addresses: rows first, then programs, so that none runs on a device that the tables don't know.
     fn see_devices(&mut self, snapshot: &Snapshot) {
+        self.set_devices(snapshot);
+        if self.begun {
+            self.compile();
+            self.attach_devices();
+        }
+    }
+
+    fn set_devices(&mut self, snapshot: &Snapshot) {
         self.snapshot = snapshot.clone();
         self.rows_of = None;
-        if !self.begun {
-            return;
-        }
         self.pipeline.set_interfaces(snapshot.node_addresses().into_iter().map(|(_, addr)| addr).collect());
-        self.compile();
-        match self.kernel.attach_devices(&snapshot.ports()) {
+    }
+
+    fn attach_devices(&mut self) {
+        match self.kernel.attach_devices(&self.snapshot.ports()) {
             Ok(()) => self.attach_failed = None,
             Err(error) => {
                 let text = format!("{error:#}");

@@ -15,6 +15,8 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
+use crate::config::flags::Arguments;
+
 /// What `--help` ends with.
 const EXIT_CODES: &str = "\
 Exit codes:
@@ -53,12 +55,13 @@ enum Command {
 /// Does what the arguments of the process say.
 #[must_use]
 pub fn main() -> ExitCode {
-    let command = Cli::parse().command;
+    let Arguments { all, gone } = Arguments::of_process(std::env::args_os());
+    let command = Cli::parse_from(all).command;
     if !matches!(command, Command::Run(_)) {
         crate::kernel::end_with_the_reader();
     }
     let result = match command {
-        Command::Run(args) => run::run(*args),
+        Command::Run(args) => run::run(*args, &gone),
         Command::Status(args) => status::run(&args),
         Command::Services(args) => services::run(&args),
         Command::Endpoints(args) => endpoints::run(&args),
@@ -70,7 +73,7 @@ pub fn main() -> ExitCode {
         Command::Preflight(args) => preflight::run(&args),
         Command::Cleanup(folder) => crate::kernel::cleanup::cleanup(&folder.bpffs),
         Command::Version => {
-            println!("fairlead {}", env!("CARGO_PKG_VERSION"));
+            print_version();
             Ok(())
         }
         Command::Completions(args) => {
@@ -89,4 +92,8 @@ pub fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+fn print_version() {
+    println!("fairlead {}", env!("CARGO_PKG_VERSION"));
 }

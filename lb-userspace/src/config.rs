@@ -1,279 +1,157 @@
-//! kube-proxy's configuration file.
+//! kube-proxy's configuration: its file, its command line, and what of both is in force.
 //!
-//! In: a `KubeProxyConfiguration` as YAML or JSON, full of `null` and `""` as kubeadm writes it. Out: what of it concerns the
-//! node, and what can't be used. Fields that nobody here reads are no errors (`kube-proxy.md` §16).
+//! In: the text of a `KubeProxyConfiguration`, or flags. Out: a [`Config`] with every default filled in, what is wrong with
+//! it, and what of it has no effect here. Never here: reading files, logging, and what a setting means for packets, which is
+//! `plan`'s business.
+//!
+//! The way is kube-proxy's own (`kube-proxy.md` §15, §16): the file ([`file`]) or the flags ([`flags`]) → [`defaults`] →
+//! [`Config`] → [`validate`]; [`write`] is the way back.
 
-use std::net::IpAddr;
+mod defaults;
+mod duration;
+pub mod file;
+pub mod flags;
+pub mod logging;
+mod node;
+mod number;
+mod validate;
+mod write;
 
-use anyhow::Context;
-use ipnet::IpNet;
-use serde::{Deserialize, Deserializer};
+use std::net::SocketAddr;
 
-use crate::{
-    model::address::{parse_cidr, parse_ip},
-    plan::{
-        Problem,
-        node::{LocalDetector, NodeOptions, ProxyMode},
-    },
+pub use self::{
+    duration::GoDuration,
+    file::{Conntrack, KubeProxyConfiguration},
+    number::boolean,
 };
+use crate::{model::address::parse_ip, plan::node::ProxyMode};
 
-/// `kubeproxy.config.k8s.io/v1alpha1`, as far as it is read. Absent, `null` and `""` mean the same.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
-#[serde(default, rename_all = "camelCase")]
-pub struct KubeProxyConfiguration {
-    /// The node's name, where it isn't the machine's.
-    #[serde(deserialize_with = "nullable")]
-    pub hostname_override: String,
-    /// The node's own address, unless unspecified.
-    #[serde(deserialize_with = "nullable")]
-    pub bind_address: String,
-    /// `iptables` (also if empty), `ipvs`, `nftables`.
-    #[serde(deserialize_with = "nullable")]
-    pub mode: String,
-    /// Options of mode iptables, and of ipvs.
-    #[serde(deserialize_with = "nullable")]
-    pub iptables: Iptables,
-    /// Options of mode nftables.
-    #[serde(deserialize_with = "nullable")]
-    pub nftables: Nftables,
-    /// Networks of the pods, separated by commas.
-    #[serde(rename = "clusterCIDR", deserialize_with = "nullable")]
-    pub cluster_cidr: String,
-    /// How local sources are told: `ClusterCIDR`, `NodeCIDR`, `BridgeInterface`, `InterfaceNamePrefix`.
-    #[serde(deserialize_with = "nullable")]
-    pub detect_local_mode: String,
-    /// Details of the last two.
-    #[serde(deserialize_with = "nullable")]
-    pub detect_local: DetectLocal,
-    /// Where NodePorts answer.
-    #[serde(deserialize_with = "nullable")]
-    pub node_port_addresses: Vec<String>,
-}
-
-/// `iptables`.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
-#[serde(default, rename_all = "camelCase")]
-pub struct Iptables {
-    /// Rewrite the source of everything that goes to a ClusterIP.
-    #[serde(deserialize_with = "nullable")]
-    pub masquerade_all: bool,
-    /// Whether NodePorts answer at 127.0.0.1; absent: they do.
-    pub localhost_node_ports: Option<bool>,
-}
-
-/// `nftables`.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
-#[serde(default, rename_all = "camelCase")]
-pub struct Nftables {
-    /// Rewrite the source of everything that goes to a ClusterIP.
-    #[serde(deserialize_with = "nullable")]
+/// What is in force.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Config {
+    /// All that stands in the file under one name whatever the mode is. What the sections of the modes share is in the three
+    /// fields below, and empty here.
+    pub fields: KubeProxyConfiguration,
+    /// `syncPeriod` of the mode's section.
+    pub sync_period: GoDuration,
+    /// `minSyncPeriod` of the mode's section.
+    pub min_sync_period: GoDuration,
+    /// `masqueradeAll` of the mode's section; that of iptables for ipvs.
     pub masquerade_all: bool,
 }
 
-/// `detectLocal`.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
-#[serde(default, rename_all = "camelCase")]
-pub struct DetectLocal {
-    /// The bridge that pods are ports of.
-    #[serde(deserialize_with = "nullable")]
-    pub bridge_interface: String,
-    /// How the names of the pods' interfaces begin.
-    #[serde(deserialize_with = "nullable")]
-    pub interface_name_prefix: String,
-}
-
-impl KubeProxyConfiguration {
-    /// Reads the text of a configuration file.
+impl Config {
+    /// What the text of a configuration file says, with what a reader should be told about it.
     ///
     /// # Errors
     ///
-    /// The text is no YAML, or a field that is read has another type.
-    pub fn parse(text: &str) -> anyhow::Result<Self> {
-        // An empty document is an empty configuration.
-        let config: Option<Self> = serde_saphyr::from_str(text).context(
-            "not a KubeProxyConfiguration; compare it with `kubectl -n kube-system get cm kube-proxy -o yaml`",
-        )?;
-        Ok(config.unwrap_or_default())
+    /// The text can't be read. Whether what it says is possible is asked by [`Self::problems`].
+    pub fn of_file(text: &str) -> anyhow::Result<(Self, Vec<String>)> {
+        let (file, mut warnings) = KubeProxyConfiguration::parse(text)?;
+        warnings.extend(file.without_effect());
+        Ok((Self::of(file).completed(), warnings))
     }
 
-    /// What concerns the node, and fields that can't be used.
+    /// What is in force where nothing is said.
     #[must_use]
-    pub fn node_options(&self) -> (NodeOptions, Vec<Problem>) {
-        let mut problems = Vec::new();
-        let mode = self.proxy_mode(&mut problems);
-        let options = NodeOptions {
-            mode,
-            node_port_addresses: self.node_port_addresses.clone(),
-            localhost_node_ports: self.iptables.localhost_node_ports.unwrap_or(true),
-            detector: self.detector(&mut problems),
-            // Only the section of the mode in force counts.
-            masquerade_all: match mode {
-                ProxyMode::Iptables | ProxyMode::Ipvs => self.iptables.masquerade_all,
-                ProxyMode::Nftables => self.nftables.masquerade_all,
-            },
-            preserve_client_ip: false,
-            bind_address: self.bound(&mut problems),
+    pub fn of_nothing() -> Self {
+        Self::of(KubeProxyConfiguration::default()).completed()
+    }
+
+    /// Fills in the defaults, and takes the part of the mode out of its section.
+    fn of(mut file: KubeProxyConfiguration) -> Self {
+        defaults::fill(&mut file);
+        let mode = mode_of(&file.mode);
+        let (sync_period, min_sync_period) = match mode {
+            Some(ProxyMode::Ipvs) => (file.ipvs.sync_period, file.ipvs.min_sync_period),
+            Some(ProxyMode::Nftables) => (file.nftables.sync_period, file.nftables.min_sync_period),
+            Some(ProxyMode::Iptables) | None => (file.iptables.sync_period, file.iptables.min_sync_period),
         };
-        (options, problems)
+        let masquerade_all =
+            if mode == Some(ProxyMode::Nftables) { file.nftables.masquerade_all } else { file.iptables.masquerade_all };
+        let mut config = Self { fields: file, sync_period, min_sync_period, masquerade_all };
+        config.empty_sections();
+        config
     }
 
-    fn proxy_mode(&self, problems: &mut Vec<Problem>) -> ProxyMode {
-        match self.mode.as_str() {
-            "" | "iptables" => ProxyMode::Iptables,
-            "ipvs" => ProxyMode::Ipvs,
-            "nftables" => ProxyMode::Nftables,
-            other => {
-                let message = format!("`{other}` is no mode of kube-proxy on Linux, iptables is assumed");
-                problems.push(problem("mode", message, "write iptables, ipvs or nftables"));
-                ProxyMode::Iptables
-            }
+    fn empty_sections(&mut self) {
+        let file = &mut self.fields;
+        file.port_range.clear();
+        for (sync, min) in [
+            (&mut file.iptables.sync_period, &mut file.iptables.min_sync_period),
+            (&mut file.ipvs.sync_period, &mut file.ipvs.min_sync_period),
+            (&mut file.nftables.sync_period, &mut file.nftables.min_sync_period),
+        ] {
+            (*sync, *min) = (GoDuration::ZERO, GoDuration::ZERO);
         }
+        file.iptables.masquerade_all = false;
+        file.nftables.masquerade_all = false;
     }
 
-    fn bound(&self, problems: &mut Vec<Problem>) -> Option<IpAddr> {
-        let addr = parse_ip(&self.bind_address);
-        if addr.is_none() && !self.bind_address.is_empty() {
-            let message = format!("`{}` is not an IP address, 0.0.0.0 is assumed", self.bind_address);
-            problems.push(problem("bindAddress", message, "write the node's address or 0.0.0.0"));
-        }
-        addr.filter(|addr| !addr.is_unspecified())
+    /// Fills in the defaults that depend on the platform, which kube-proxy does after file and flags are read.
+    fn completed(mut self) -> Self {
+        defaults::complete(&mut self.fields);
+        self
     }
 
-    fn detector(&self, problems: &mut Vec<Problem>) -> LocalDetector {
-        let DetectLocal { bridge_interface, interface_name_prefix } = &self.detect_local;
-        let named = |name: &String, field: &str, problems: &mut Vec<Problem>| {
-            if name.is_empty() {
-                let message = format!("is empty, although detectLocalMode is {}", self.detect_local_mode);
-                problems.push(problem(field, message, "name the interface; until then no source counts as local"));
-            }
-            !name.is_empty()
-        };
-        match self.detect_local_mode.as_str() {
-            "" if self.cluster_cidr.is_empty() => LocalDetector::None,
-            "" | "ClusterCIDR" => LocalDetector::ClusterCidr(self.cluster_cidrs(problems)),
-            "NodeCIDR" => LocalDetector::NodeCidr,
-            "BridgeInterface" if named(bridge_interface, "detectLocal.bridgeInterface", problems) => {
-                LocalDetector::BridgeInterface(bridge_interface.clone())
-            }
-            "InterfaceNamePrefix" if named(interface_name_prefix, "detectLocal.interfaceNamePrefix", problems) => {
-                LocalDetector::InterfaceNamePrefix(interface_name_prefix.clone())
-            }
-            "BridgeInterface" | "InterfaceNamePrefix" => LocalDetector::None,
-            other => {
-                let message = format!("`{other}` is not known, no source counts as local");
-                let remedy = "write ClusterCIDR, NodeCIDR, BridgeInterface or InterfaceNamePrefix";
-                problems.push(problem("detectLocalMode", message, remedy));
-                LocalDetector::None
-            }
-        }
+    /// The mode, whose defaults hold. One that doesn't exist is iptables here, and a problem.
+    #[must_use]
+    pub fn mode(&self) -> ProxyMode {
+        mode_of(&self.fields.mode).unwrap_or_default()
     }
 
-    fn cluster_cidrs(&self, problems: &mut Vec<Problem>) -> Vec<IpNet> {
-        let mut nets = Vec::new();
-        for text in self.cluster_cidr.split(',') {
-            match parse_cidr(text) {
-                Some(net) => nets.push(net),
-                None => problems.push(problem(
-                    "clusterCIDR",
-                    format!("`{text}` is not a network, and is left out"),
-                    "write it like 10.244.0.0/16,fd00:10:244::/56",
-                )),
-            }
-        }
-        nets
+    /// Where health checks are answered; nowhere if it is off.
+    #[must_use]
+    pub fn healthz_address(&self) -> Option<SocketAddr> {
+        socket_address(&self.fields.healthz_bind_address)
+    }
+
+    /// Where metrics are served; nowhere if it is off.
+    #[must_use]
+    pub fn metrics_address(&self) -> Option<SocketAddr> {
+        socket_address(&self.fields.metrics_bind_address)
+    }
+
+    /// The node's name as the configuration has it, if it has one: trimmed, in small letters.
+    #[must_use]
+    pub fn node_name(&self) -> Option<String> {
+        let name = self.fields.hostname_override.trim().to_lowercase();
+        Some(name).filter(|name| !name.is_empty())
     }
 }
 
-fn problem(field: &str, message: String, remedy: &str) -> Problem {
-    let object = "KubeProxyConfiguration".to_owned();
-    Problem { object, field: field.to_owned(), message, remedy: remedy.to_owned() }
+/// The mode of this name; empty is iptables.
+fn mode_of(text: &str) -> Option<ProxyMode> {
+    match text {
+        "" | "iptables" => Some(ProxyMode::Iptables),
+        "ipvs" => Some(ProxyMode::Ipvs),
+        "nftables" => Some(ProxyMode::Nftables),
+        _ => None,
+    }
 }
 
-fn nullable<'de, D, T>(deserializer: D) -> Result<T, D::Error>
-where
-    D: Deserializer<'de>,
-    T: Default + Deserialize<'de>,
-{
-    Ok(Option::deserialize(deserializer)?.unwrap_or_default())
+/// Splits `host:port` and `[host]:port`.
+fn split_host_port(text: &str) -> Option<(&str, &str)> {
+    let (host, port) = text.rsplit_once(':')?;
+    match host.strip_prefix('[') {
+        Some(host) => Some((host.strip_suffix(']')?, port)),
+        None => (!host.contains(':')).then_some((host, port)),
+    }
+}
+
+/// `address:port` of an address that has no port yet. What is no address stays, and is a problem later.
+fn with_port(text: &str, port: i32) -> String {
+    match (split_host_port(text), parse_ip(text)) {
+        (None, Some(_)) if text.contains(':') => format!("[{text}]:{port}"),
+        (None, Some(_)) => format!("{text}:{port}"),
+        (Some(_), _) | (None, None) => text.to_owned(),
+    }
+}
+
+fn socket_address(text: &str) -> Option<SocketAddr> {
+    let (host, port) = split_host_port(text)?;
+    Some(SocketAddr::new(parse_ip(host)?, port.parse().ok().filter(|port| *port != 0)?))
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn options(text: &str) -> (NodeOptions, Vec<String>) {
-        let (options, problems) = KubeProxyConfiguration::parse(text).unwrap().node_options();
-        (options, problems.into_iter().map(|problem| problem.field).collect())
-    }
-
-    #[test]
-    fn what_kubeadm_writes_means_the_defaults() {
-        let text = r#"
-apiVersion: kubeproxy.config.k8s.io/v1alpha1
-kind: KubeProxyConfiguration
-bindAddress: 0.0.0.0
-bindAddressHardFail: false
-clientConnection: {acceptContentTypes: "", burst: 0, contentType: "", kubeconfig: /etc/kubeconfig, qps: 0}
-clusterCIDR: 10.244.0.0/16,fd00:10:244::/56
-configSyncPeriod: 0s
-conntrack: {maxPerCore: null, min: null, tcpBeLiberal: false, tcpEstablishedTimeout: null}
-detectLocal: {bridgeInterface: "", interfaceNamePrefix: ""}
-detectLocalMode: ""
-enableProfiling: false
-hostnameOverride: ""
-iptables: {localhostNodePorts: null, masqueradeAll: false, masqueradeBit: null, minSyncPeriod: 0s, syncPeriod: 0s}
-mode: ""
-nftables: null
-nodePortAddresses: null
-winkernel: {enableDSR: false}
-"#;
-        let nets = ["10.244.0.0/16", "fd00:10:244::/56"].map(|net| net.parse().unwrap());
-        let detector = LocalDetector::ClusterCidr(nets.into());
-        let want = NodeOptions { detector, localhost_node_ports: true, ..NodeOptions::default() };
-        assert_eq!(options(text), (want, Vec::new()));
-    }
-
-    #[test]
-    fn nothing_is_a_configuration_too() {
-        for text in ["", "---\n", "null", "{}"] {
-            let want = NodeOptions { localhost_node_ports: true, ..NodeOptions::default() };
-            assert_eq!(options(text), (want, Vec::new()), "{text:?}");
-        }
-    }
-
-    #[test]
-    fn masquerade_all_is_read_from_the_section_of_the_mode() {
-        for (mode, want) in [("iptables", true), ("ipvs", true), ("nftables", false), ("''", true)] {
-            let text = format!("mode: {mode}\niptables: {{masqueradeAll: true}}\nnftables: {{masqueradeAll: false}}");
-            assert_eq!(options(&text).0.masquerade_all, want, "{mode}");
-        }
-    }
-
-    #[test]
-    fn detectors_are_named_by_their_mode() {
-        for (text, want, fields) in [
-            ("detectLocalMode: NodeCIDR", LocalDetector::NodeCidr, &[][..]),
-            (
-                "detectLocalMode: BridgeInterface\ndetectLocal: {bridgeInterface: cni0}",
-                LocalDetector::BridgeInterface("cni0".into()),
-                &[],
-            ),
-            (
-                "detectLocalMode: InterfaceNamePrefix\ndetectLocal: {interfaceNamePrefix: veth}",
-                LocalDetector::InterfaceNamePrefix("veth".into()),
-                &[],
-            ),
-            ("detectLocalMode: BridgeInterface", LocalDetector::None, &["detectLocal.bridgeInterface"]),
-            ("detectLocalMode: Magic", LocalDetector::None, &["detectLocalMode"]),
-            ("clusterCIDR: 10.0.0.0", LocalDetector::ClusterCidr(Vec::new()), &["clusterCIDR"]),
-            ("mode: userspace\nbindAddress: here", LocalDetector::None, &["mode", "bindAddress"]),
-        ] {
-            let (options, problems) = options(text);
-            assert_eq!(
-                (options.detector, &problems[..]),
-                (want, &fields.iter().map(|it| (*it).to_owned()).collect::<Vec<_>>()[..]),
-                "{text}"
-            );
-        }
-    }
-}
+mod tests;

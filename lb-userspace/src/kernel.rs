@@ -29,7 +29,7 @@ use self::{
     object::{Capacity, Constants, Programs, Table},
     tables::{Statistics, Stopped, Store},
 };
-use crate::image::Write;
+use crate::{image::Write, plan::Expected};
 
 pub use self::sys::end_with_the_reader;
 
@@ -99,11 +99,11 @@ struct Tables {
 }
 
 impl Tables {
-    /// Makes the first generation, with room for these writes.
-    fn create(folder: &Folder, constants: &Constants, options: &Options, writes: &[Write]) -> Result<Self> {
+    /// Makes the first generation.
+    fn create(folder: &Folder, constants: &Constants, options: &Options, capacity: &Capacity) -> Result<Self> {
         let dir = folder.unfinished(1);
         make_dir(&dir)?;
-        let programs = Programs::load(&dir, &folder.flows(), &tables::capacity(writes), constants, options)?;
+        let programs = Programs::load(&dir, &folder.flows(), capacity, constants, options)?;
         finish(folder, 1)?;
         Ok(Self { generation: 1, store: Store::open(&folder.generation(1), Statistics::default())?, programs })
     }
@@ -192,9 +192,19 @@ impl Kernel {
         Ok(())
     }
 
-    /// Whether there are tables to write to.
-    pub fn has_tables(&self) -> bool {
-        self.tables.is_some()
+    /// Makes tables for what is expected if there are none. The programs are verified meanwhile, which takes longer than
+    /// planning what comes into the tables.
+    pub fn prepare(&mut self, expected: &Expected) -> Result<()> {
+        self.tables_for(|| Capacity::expected(expected)).map(drop)
+    }
+
+    /// Waits until the programs are loaded.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel refuses them: trying again would not help.
+    pub fn verified(&mut self) -> Result<()> {
+        self.tables.as_mut().map_or(Ok(()), |tables| tables.programs.verified())
     }
 
     /// What is in the tables.
@@ -227,7 +237,7 @@ impl Kernel {
     pub fn apply(&mut self, writes: &[Write]) -> Result<()> {
         let mut rest = writes;
         loop {
-            match self.tables_for(rest)?.store.apply(rest) {
+            match self.tables_for(|| tables::capacity(rest))?.store.apply(rest) {
                 Ok(()) => return Ok(()),
                 Err(Stopped::Failed(error)) => return Err(error),
                 Err(Stopped::Full(table, index)) => {
@@ -238,12 +248,12 @@ impl Kernel {
         }
     }
 
-    /// The tables; made with room for these writes if there are none.
-    fn tables_for(&mut self, writes: &[Write]) -> Result<&mut Tables> {
+    /// The tables; made with this capacity if there are none.
+    fn tables_for(&mut self, capacity: impl FnOnce() -> Capacity) -> Result<&mut Tables> {
         match self.tables {
             Some(ref mut tables) => Ok(tables),
             None => {
-                let tables = Tables::create(&self.folder, &self.constants, &self.options, writes)?;
+                let tables = Tables::create(&self.folder, &self.constants, &self.options, &capacity())?;
                 Ok(self.tables.insert(tables))
             }
         }
@@ -289,6 +299,7 @@ impl Kernel {
                 Err(Stopped::Full(table, _)) => bail!("the larger map {} is full", table.name()),
             }
         }
+        programs.verified()?;
         finish(folder, next)?;
         ports.retain(|port| match links.attach(&mut programs, port) {
             Ok(()) => true,
@@ -353,7 +364,7 @@ impl Kernel {
         self.ports.retain(|port| ports.contains(port));
         for port in ports {
             if !self.ports.contains(port) {
-                self.tables_for(&[])?;
+                self.tables_for(Capacity::default)?;
                 let Some(tables) = &mut self.tables else { continue };
                 match self.links.attach(&mut tables.programs, port) {
                     Ok(()) => self.ports.push(port.clone()),
@@ -370,7 +381,7 @@ impl Kernel {
 
     /// Attaches the socket programs, or detaches them where they are off.
     pub fn attach_sockets(&mut self) -> Result<()> {
-        self.tables_for(&[])?;
+        self.tables_for(Capacity::default)?;
         match (&self.cgroup, &mut self.tables) {
             (Some(cgroup), Some(tables)) => self
                 .links

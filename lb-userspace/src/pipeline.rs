@@ -204,7 +204,7 @@ impl Pipeline {
             let (addresses, problems): (BTreeMap<Addr, NodeAddress>, _) =
                 node_addresses(&self.interfaces, &view, &self.options);
             writes.extend(self.image.set_node_addresses(&addresses));
-            self.check_addresses = health_check_addresses(&addresses, &self.options);
+            self.check_addresses = health_check_addresses(&addresses, &view, &self.options);
             self.fresh.extend(problems.iter().filter(|problem| !self.node_problems.contains(problem)).cloned());
             self.node_problems = problems;
             if view != self.view {

@@ -4,6 +4,7 @@
 
 pub mod address;
 pub mod claims;
+mod expected;
 pub mod node;
 mod service;
 pub mod topology;
@@ -19,6 +20,7 @@ use lb_common::{
 use crate::model::{ObjectName, object::Protocol};
 
 pub use claims::{Conflict, Planner, Step};
+pub use expected::Expected;
 pub use service::plan_service;
 
 /// An endpoint of a Service as the model knows it, for one Service port.

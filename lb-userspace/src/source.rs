@@ -1,8 +1,10 @@
 //! What the cluster says, as a stream of [`Change`]s.
 //!
-//! In: a folder of manifests. Out: [`Update`]s: a complete first list, then differences. Never here: what the objects mean to
-//! each other.
+//! In: an API server, or a folder of manifests. Out: [`Update`]s: a complete first list, then differences. Never here: what the
+//! objects mean to each other.
 
+mod ahead;
+pub mod api;
 mod check;
 mod content;
 mod folder;
@@ -14,26 +16,68 @@ mod tests;
 
 use std::{fmt, path::PathBuf};
 
-pub use self::manifests::{Manifests, read_all};
+pub use self::{
+    api::ApiServer,
+    manifests::{Manifests, read_all},
+};
 use crate::model::Change;
+
+/// Where a source is.
+#[derive(Clone, Debug)]
+pub enum Place {
+    /// A folder of manifests.
+    Manifests(PathBuf),
+    /// An API server.
+    ApiServer(api::Options),
+}
+
+/// A source of either kind.
+pub enum Source {
+    /// A folder of manifests.
+    Manifests(Box<Manifests>),
+    /// An API server.
+    ApiServer(Box<ApiServer>),
+}
+
+impl Source {
+    /// Begins to watch.
+    ///
+    /// # Errors
+    ///
+    /// When the place is not to be found. An API server that doesn't answer is waited for.
+    pub async fn open(place: &Place) -> anyhow::Result<Self> {
+        Ok(match place {
+            Place::Manifests(dir) => Self::Manifests(Box::new(Manifests::open(dir)?)),
+            Place::ApiServer(options) => Self::ApiServer(Box::new(ApiServer::open(options).await?)),
+        })
+    }
+
+    /// Waits for a change; none means that there will be no more. No change is lost if the wait is given up.
+    pub async fn next(&mut self) -> Option<Update> {
+        match self {
+            Self::Manifests(manifests) => manifests.next().await,
+            Self::ApiServer(server) => server.next().await,
+        }
+    }
+}
 
 /// What a source has to say.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Update {
     /// Objects that are new, different or gone, in the order in which they are to be applied.
     pub changes: Vec<Change>,
-    /// Everything that is wrong now, in the order of the files.
+    /// Everything that is wrong now, in a fixed order.
     pub problems: Vec<Problem>,
     /// Objects of kinds that nobody here reads.
     pub skipped: usize,
-    /// Whether this is the complete list that a source begins with.
+    /// Whether the list that a source begins with is complete with this. Updates before it are parts of that list.
     pub first: bool,
 }
 
 /// Something that can't be used. What was said before it stays in force.
 #[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Problem {
-    /// The file or folder.
+    /// The file or folder; empty where objects come from an API server.
     pub file: PathBuf,
     /// The document within the file, counted from 1.
     pub document: Option<usize>,
@@ -47,16 +91,10 @@ pub struct Problem {
 
 impl fmt::Display for Problem {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}", self.file.display())?;
-        if let Some(document) = self.document {
-            write!(f, ", document {document}")?;
-        }
-        if let Some(object) = &self.object {
-            write!(f, ", {object}")?;
-        }
-        if let Some(field) = &self.field {
-            write!(f, ", {field}")?;
-        }
-        write!(f, ": {}", self.message)
+        let file = (!self.file.as_os_str().is_empty()).then(|| self.file.display().to_string());
+        let document = self.document.map(|document| format!("document {document}"));
+        let place = [file, document, self.object.clone(), self.field.clone()];
+        let place: Vec<String> = place.into_iter().flatten().collect();
+        if place.is_empty() { f.write_str(&self.message) } else { write!(f, "{}: {}", place.join(", "), self.message) }
     }
 }

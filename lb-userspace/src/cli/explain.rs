@@ -24,12 +24,13 @@ pub use self::{
     answer::{Answer, Verdict, explain},
     packet::Packet,
 };
+use super::run::read_config;
 use crate::{
-    config::KubeProxyConfiguration,
+    config::flags::Flags,
     image::{Image, service_name},
     model::address::parse_ip,
     pipeline::Pipeline,
-    plan::node::{LocalDetector, NodeOptions, ProxyMode},
+    plan::node::LocalDetector,
     source::manifests,
 };
 
@@ -169,12 +170,15 @@ const OTHER_INTERFACE: u32 = 2;
 
 impl Manifests {
     fn read(args: &ExplainArgs, dir: &Path) -> anyhow::Result<Self> {
-        let (options, hostname) = match &args.config {
-            Some(path) => read_config(path)?,
+        let flags = Flags { hostname_override: args.hostname_override.clone(), ..Flags::default() };
+        let (config, warnings) = read_config(args.config.as_deref(), &flags)?;
+        warnings.iter().for_each(|warning| eprintln!("{warning}"));
+        let mut options = config.node_options();
+        if args.config.is_none() {
             // Without kube-proxy's configuration there are no defaults of it to keep.
-            None => (NodeOptions { mode: ProxyMode::Nftables, ..NodeOptions::default() }, None),
-        };
-        let name = match args.hostname_override.clone().or(hostname) {
+            options.node_port_addresses = vec!["primary".to_owned()];
+        }
+        let name = match config.node_name() {
             Some(name) => name,
             None => std::fs::read_to_string("/proc/sys/kernel/hostname").context("--hostname-override is missing")?,
         };
@@ -203,14 +207,6 @@ impl Named for Manifests {
     fn interface(&self, name: &str) -> Option<u32> {
         Some(if self.detector.takes_interface(name) { LOCAL_INTERFACE } else { OTHER_INTERFACE })
     }
-}
-
-pub fn read_config(path: &Path) -> anyhow::Result<(NodeOptions, Option<String>)> {
-    let text = std::fs::read_to_string(path).with_context(|| format!("{} can't be read", path.display()))?;
-    let config = KubeProxyConfiguration::parse(&text).with_context(|| path.display().to_string())?;
-    let (options, problems) = config.node_options();
-    problems.iter().for_each(|problem| eprintln!("{}: {problem}", path.display()));
-    Ok((options, Some(config.hostname_override).filter(|name| !name.is_empty())))
 }
 
 fn node_status_addresses(pipeline: &Pipeline) -> Vec<IpAddr> {

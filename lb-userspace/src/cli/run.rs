@@ -1,17 +1,20 @@
 //! `fairlead run`: the agent.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, bail};
-use clap::{Args, ValueEnum};
+use clap::{ArgAction, Args, ValueEnum};
+use tracing::{info, warn};
 use tracing_subscriber::EnvFilter;
 
-use super::{explain::read_config, pins::Folder};
+use super::{pins::Folder, print_version};
 use crate::{
     agent,
-    kernel::{self, Attach, SocketLb},
-    plan::node::{NodeOptions, ProxyMode},
+    config::{Config, boolean, flags::Flags},
+    kernel::{self, Attach, SocketLb, sysctls::Conntrack},
+    plan::node::LocalDetector,
     serve,
+    source::{Place, api},
 };
 
 const EXAMPLES: &str = "\
@@ -19,22 +22,38 @@ Examples:
   fairlead run --manifests /etc/fairlead/manifests
   fairlead run --manifests ./cluster --hostname-override node-1 --socket-lb all
   fairlead run --manifests ./cluster --config kube-proxy.conf
+  fairlead run --config /var/lib/kube-proxy/config.conf --hostname-override node-1
+  kube-proxy --kubeconfig /etc/kubernetes/kube-proxy.conf --cluster-cidr 10.244.0.0/16 -v=2
 
+Without a subcommand, or called as kube-proxy, fairlead is `fairlead run`. All of kube-proxy's options are taken, in its
+syntax: --bool, --bool=false, --some_name for --some-name, -v=2; the last one of several counts.
 What happens to packets does not depend on the agent: it may be stopped, killed and upgraded while connections go on.";
 
 /// Read Services and endpoints, and keep the kernel's tables as they say
 #[derive(Args, Clone, Debug)]
-#[command(after_help = EXAMPLES)]
+#[command(after_help = EXAMPLES, args_override_self = true)]
 pub struct RunArgs {
-    /// A folder of Kubernetes manifests (YAML, JSON), which is watched
-    #[arg(long, value_name = "DIR")]
-    manifests: PathBuf,
+    /// A folder of Kubernetes manifests (YAML, JSON), which is watched, instead of an API server
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["kubeconfig", "master", "endpoints"])]
+    manifests: Option<PathBuf>,
+    /// Where an API server's endpoints come from
+    #[arg(long, value_enum, default_value_t = EndpointsArg::EndpointSlice)]
+    endpoints: EndpointsArg,
     /// kube-proxy's configuration file (KubeProxyConfiguration)
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
-    /// The name of this node; the machine's name where nothing is said
-    #[arg(long, value_name = "NAME")]
-    hostname_override: Option<String>,
+    /// Write the configuration in force to this file, and end
+    #[arg(long, value_name = "FILE")]
+    write_config_to: Option<PathBuf>,
+    /// Remove every trace of us and of kube-proxy from the kernel, and end
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true", default_value = "false", value_parser = boolean, action = ArgAction::Set)]
+    cleanup: bool,
+    /// Do only what needs all privileges, and end
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true", default_value = "false", value_parser = boolean, action = ArgAction::Set)]
+    init_only: bool,
+    /// Print the version, and end
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true", default_value = "false", value_parser = asks_version, action = ArgAction::Set)]
+    version: bool,
     #[command(flatten)]
     folder: Folder,
     /// The cgroup v2 folder whose sockets are translated; the root of the hierarchy where nothing is said
@@ -55,12 +74,26 @@ pub struct RunArgs {
     /// Keep the client's address wherever the endpoint is on this node
     #[arg(long)]
     preserve_client_ip: bool,
-    /// How log lines are written
-    #[arg(long, value_enum, default_value_t = LogFormat::Text)]
-    log_format: LogFormat,
-    /// Which log lines are written: error, warn, info, debug, or a filter of `tracing`
-    #[arg(long, value_name = "FILTER", default_value = "info", env = "FAIRLEAD_LOG")]
-    log_level: String,
+    /// How log lines are written; goes before --logging-format
+    #[arg(long, value_enum)]
+    log_format: Option<LogFormat>,
+    /// Which log lines are written: error, warn, info, debug, or a filter of `tracing`; goes before -v
+    #[arg(long, value_name = "FILTER", env = "FAIRLEAD_LOG")]
+    log_level: Option<String>,
+    #[command(flatten)]
+    flags: Flags,
+    #[arg(hide = true)]
+    rest: Vec<String>,
+}
+
+/// `--endpoints`.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum EndpointsArg {
+    /// EndpointSlices, which the cluster's controllers make
+    #[value(name = "endpointslice")]
+    EndpointSlice,
+    /// Pods whose labels a Service selects, for clusters without those controllers
+    PodSelector,
 }
 
 /// `--attach`.
@@ -94,6 +127,11 @@ enum LogFormat {
     Json,
 }
 
+/// `--version=raw` and `--version=v1.2.3` ask for it, too.
+fn asks_version(text: &str) -> Result<bool, String> {
+    if text == "raw" || text.starts_with('v') { Ok(true) } else { boolean(text) }
+}
+
 /// Reads `FIRST-LAST` as first port and number of ports.
 fn ports(text: &str) -> Result<(u32, u32)> {
     let (first, last) = text.split_once('-').context("write FIRST-LAST, such as 61000-65095")?;
@@ -104,52 +142,159 @@ fn ports(text: &str) -> Result<(u32, u32)> {
     Ok((u32::from(first), u32::from(last - first) + 1))
 }
 
-/// Runs the agent until a signal ends it.
-pub fn run(args: RunArgs) -> Result<()> {
-    log(args.log_format, &args.log_level)?;
-    let (mut node_options, config_name) = match &args.config {
-        Some(path) => read_config(path)?,
-        // Without kube-proxy's configuration there are no defaults of it to keep.
-        None => (NodeOptions { mode: ProxyMode::Nftables, ..NodeOptions::default() }, None),
-    };
-    node_options.preserve_client_ip |= args.preserve_client_ip;
-    let node = match args.hostname_override.or(config_name) {
-        Some(name) => name,
-        None => std::fs::read_to_string("/proc/sys/kernel/hostname").context("--hostname-override is missing")?,
-    };
-    let (masquerade_first, masquerade_ports) = args.masquerade_ports;
-    let mode = node_options.mode;
-    let options = agent::Options {
-        manifests: args.manifests,
-        node: node.trim().to_lowercase(),
-        node_options,
-        kernel: kernel::Options {
-            bpffs: args.folder.bpffs,
-            cgroup: args.cgroup,
-            attach: match args.attach {
-                AttachArg::Auto => Attach::Auto,
-                AttachArg::Tcx => Attach::Tcx,
-                AttachArg::Clsact => Attach::Clsact,
-            },
-            socket_lb: match args.socket_lb {
-                SocketLbArg::Host => SocketLb::Host,
-                SocketLbArg::All => SocketLb::All,
-                SocketLbArg::Off => SocketLb::Off,
-            },
-            flows: args.flows.unwrap_or_else(|| kernel::Options::default().flows),
-            masquerade_first,
-            masquerade_ports,
-        },
-        serve: serve::Options { mode, ..serve::Options::default() },
-    };
+/// Runs the agent until a signal ends it, or does the one thing that is asked for.
+pub fn run(args: RunArgs, gone: &[String]) -> Result<()> {
+    if args.version {
+        print_version();
+        return Ok(());
+    }
+    if let Some(text) = args.rest.iter().find(|text| !text.is_empty()) {
+        bail!("`{text}` is no option; `fairlead help` lists the subcommands, `fairlead run --help` the options");
+    }
+    let (config, warnings) = args.read_config()?;
+    log(&args, &config)?;
+    for name in gone {
+        warn!("--{name} has no effect any more; leave it out");
+    }
+    for warning in warnings {
+        warn!("{warning}");
+    }
+    if let Some(path) = &args.write_config_to {
+        std::fs::write(path, config.to_yaml()).with_context(|| format!("--write-config-to {}", path.display()))?;
+        info!(file = %path.display(), "the configuration is written");
+        return Ok(());
+    }
+    if args.init_only {
+        let problems = args.conntrack(&config).map(|conntrack| conntrack.apply(Path::new("/"))).unwrap_or_default();
+        problems.iter().for_each(|problem| warn!("{problem}"));
+        info!("done; nothing else needs all privileges");
+        return Ok(());
+    }
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    runtime.block_on(agent::run(options))
+    runtime.block_on(agent::run(args.options(config)?))
 }
 
-fn log(format: LogFormat, level: &str) -> Result<()> {
-    let filter = EnvFilter::try_new(level).with_context(|| format!("--log-level {level}"))?;
+impl RunArgs {
+    /// The configuration in force, and what is to be said about it.
+    fn read_config(&self) -> Result<(Config, Vec<String>)> {
+        let (mut config, warnings) = read_config(self.config.as_deref(), &self.flags)?;
+        let said = self.config.is_some() || self.flags.proxy_mode.is_some();
+        if self.manifests.is_some() && !said && config.fields.node_port_addresses.is_none() {
+            // Without kube-proxy's configuration there are no defaults of it to keep.
+            config.fields.node_port_addresses = Some(vec!["primary".to_owned()]);
+        }
+        Ok((config, warnings))
+    }
+
+    /// conntrack's settings; a folder of manifests without kube-proxy's configuration has none to keep.
+    fn conntrack(&self, config: &Config) -> Option<Conntrack> {
+        (self.manifests.is_none() || self.config.is_some()).then(|| config.conntrack())
+    }
+
+    /// The flags that say where things are, where they were given: for `/flagz`.
+    fn given_flags(&self) -> Vec<(String, String)> {
+        let path = |path: &Option<PathBuf>| path.as_ref().map(|path| path.display().to_string());
+        let flags = &self.flags;
+        [
+            ("config", path(&self.config)),
+            ("manifests", path(&self.manifests)),
+            ("hostname-override", flags.hostname_override.clone()),
+            ("kubeconfig", flags.kubeconfig.clone()),
+            ("master", flags.master.clone()),
+            ("proxy-mode", flags.proxy_mode.clone()),
+            ("healthz-bind-address", flags.healthz_bind_address.clone()),
+            ("metrics-bind-address", flags.metrics_bind_address.clone()),
+        ]
+        .into_iter()
+        .filter_map(|(name, value)| Some((name.to_owned(), value?)))
+        .collect()
+    }
+
+    fn options(self, config: Config) -> Result<agent::Options> {
+        let node = match config.node_name() {
+            Some(name) => name,
+            None => std::fs::read_to_string("/proc/sys/kernel/hostname").context("--hostname-override is missing")?,
+        };
+        let mut node_options = config.node_options();
+        node_options.preserve_client_ip |= self.preserve_client_ip;
+        let (masquerade_first, masquerade_ports) = self.masquerade_ports;
+        let node = node.trim().to_lowercase();
+        let (flags, conntrack) = (self.given_flags(), self.conntrack(&config));
+        // Beside a file kube-proxy doesn't look at --kubeconfig. Where the file names none, we do.
+        let kubeconfig = Some(config.fields.client_connection.kubeconfig.clone()).filter(|path| !path.is_empty());
+        let source = match self.manifests {
+            Some(dir) => Place::Manifests(dir),
+            None => Place::ApiServer(api::Options {
+                address: api::Address {
+                    kubeconfig: kubeconfig.or(self.flags.kubeconfig).map(PathBuf::from),
+                    master: self.flags.master,
+                },
+                endpoints: match self.endpoints {
+                    EndpointsArg::EndpointSlice => api::Endpoints::EndpointSlice,
+                    EndpointsArg::PodSelector => api::Endpoints::PodSelector,
+                },
+                node: node.clone(),
+                pod_cidrs: node_options.detector == LocalDetector::NodeCidr,
+            }),
+        };
+        Ok(agent::Options {
+            source,
+            node,
+            node_options,
+            serve: serve::Options {
+                healthz: config.healthz_address(),
+                metrics: config.metrics_address(),
+                mode: config.mode(),
+                configuration: config.to_json(),
+                flags,
+                hard_fail: config.fields.bind_address_hard_fail,
+                sync_period: config.sync_period.time(),
+            },
+            config,
+            conntrack,
+            kernel: kernel::Options {
+                bpffs: self.folder.bpffs,
+                cgroup: self.cgroup,
+                attach: match self.attach {
+                    AttachArg::Auto => Attach::Auto,
+                    AttachArg::Tcx => Attach::Tcx,
+                    AttachArg::Clsact => Attach::Clsact,
+                },
+                socket_lb: match self.socket_lb {
+                    SocketLbArg::Host => SocketLb::Host,
+                    SocketLbArg::All => SocketLb::All,
+                    SocketLbArg::Off => SocketLb::Off,
+                },
+                flows: self.flows.unwrap_or_else(|| kernel::Options::default().flows),
+                masquerade_first,
+                masquerade_ports,
+            },
+        })
+    }
+}
+
+/// What a configuration file and flags say.
+pub(super) fn read_config(path: Option<&Path>, flags: &Flags) -> Result<(Config, Vec<String>)> {
+    let Some(path) = path else { return flags.config(None) };
+    let text = std::fs::read_to_string(path).with_context(|| format!("{} can't be read", path.display()))?;
+    let (config, warnings) = flags.config(Some(&text)).with_context(|| path.display().to_string())?;
+    Ok((config, warnings.into_iter().map(|warning| format!("{}: {warning}", path.display())).collect()))
+}
+
+fn log(args: &RunArgs, config: &Config) -> Result<()> {
+    // kube-proxy is quiet at 0 and usually run at 2; what it says from 4 on is what `debug` says here.
+    let verbosity = match config.fields.logging.verbosity {
+        ..=3 => "info",
+        4..=5 => "debug",
+        _ => "trace",
+    };
+    let level = args.log_level.as_deref().unwrap_or(verbosity);
+    // What kube's client has to say, the source says in the words of an operator.
+    let filter = EnvFilter::try_new(format!("kube_client=off,kube_runtime=off,{level}"))
+        .with_context(|| format!("--log-level {level}"))?;
     let lines = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
-    match format {
+    let format = if config.fields.logging.format == "json" { LogFormat::Json } else { LogFormat::Text };
+    match args.log_format.unwrap_or(format) {
         LogFormat::Text => lines.with_target(false).init(),
         LogFormat::Json => lines.json().init(),
     }

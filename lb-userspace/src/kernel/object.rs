@@ -3,7 +3,14 @@
 //! In: the compiled object, how much there is to store, a generation's folder. Out: pinned maps of the right shape, loaded
 //! programs. Nothing is attached here.
 
-use std::{collections::BTreeMap, fs, io, os::fd::AsFd as _, os::fd::OwnedFd, path::Path, thread, time::Instant};
+use std::{
+    collections::BTreeMap,
+    fs, io,
+    os::fd::{AsFd as _, OwnedFd},
+    path::Path,
+    thread::{self, JoinHandle},
+    time::Instant,
+};
 
 use anyhow::{Context as _, Result, anyhow, bail};
 use aya::{
@@ -24,6 +31,7 @@ use super::{
     Options, SocketLb,
     sys::{self, Map, MapShape, NO_PREALLOC, map_type},
 };
+use crate::plan::Expected;
 
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/lb"));
 
@@ -160,6 +168,19 @@ pub fn default_flows() -> u32 {
 pub struct Capacity(BTreeMap<Table, u32>);
 
 impl Capacity {
+    /// What a list of this much is expected to need.
+    pub fn expected(expected: &Expected) -> Self {
+        let count = |len: usize| u32::try_from(len).unwrap_or(u32::MAX);
+        Self(BTreeMap::from([
+            (Table::Frontends, count(expected.frontends)),
+            // A range takes the next power of two.
+            (Table::Slots, count(2 * expected.endpoints)),
+            (Table::Endpoints, count(expected.endpoints)),
+            (Table::Services, count(expected.services)),
+            (Table::SourceRanges, count(expected.source_ranges)),
+        ]))
+    }
+
     /// What the content needs.
     pub fn of(memory: &Memory) -> Self {
         let count = |len: usize| u32::try_from(len).unwrap_or(u32::MAX);
@@ -227,20 +248,53 @@ const CLASSIFIERS: [&str; 2] = ["ingress", "egress"];
 /// The programs, loaded against one generation of maps.
 #[derive(Debug)]
 pub struct Programs {
-    ethernet: Ebpf,
+    ethernet: Ethernet,
     bare: Ebpf,
     /// Most nodes have no device without Ethernet header, and the verifier takes most of the time of a start.
     bare_is_verified: bool,
 }
 
+/// The programs for devices with Ethernet header and for sockets.
+#[derive(Debug)]
+enum Ethernet {
+    /// The verifier is at them, on a thread of its own.
+    Loading(JoinHandle<Result<Ebpf>>),
+    Loaded(Ebpf),
+    /// The kernel refused them, for this reason.
+    Refused(String),
+}
+
 impl Programs {
+    /// Waits until the programs are loaded, and says whether the kernel took them.
+    pub fn verified(&mut self) -> Result<()> {
+        self.ethernet().map(drop)
+    }
+
+    fn ethernet(&mut self) -> Result<&mut Ebpf> {
+        let panicked = || Ethernet::Refused("loading the programs panicked".to_owned());
+        if matches!(self.ethernet, Ethernet::Loading(_))
+            && let Ethernet::Loading(loading) = std::mem::replace(&mut self.ethernet, panicked())
+        {
+            self.ethernet = match loading.join() {
+                Ok(Ok(object)) => Ethernet::Loaded(object),
+                Ok(Err(error)) => Ethernet::Refused(format!("{error:#}")),
+                Err(_) => panicked(),
+            };
+        }
+        match &mut self.ethernet {
+            Ethernet::Loaded(object) => Ok(object),
+            Ethernet::Refused(reason) => bail!("{reason}"),
+            Ethernet::Loading(_) => bail!("the programs are not loaded yet"),
+        }
+    }
+
     /// A classifier for devices with or without Ethernet header.
     pub fn classifier(&mut self, name: &str, ethernet: bool) -> Result<&mut SchedClassifier> {
         if !ethernet && !self.bare_is_verified {
             verify(&mut self.bare, false)?;
             self.bare_is_verified = true;
         }
-        let object = if ethernet { &mut self.ethernet } else { &mut self.bare };
+        let object = if ethernet { self.ethernet()? } else { &mut self.bare };
         let program = object.program_mut(name).with_context(|| format!("no program {name} in the object"))?;
         program.try_into().with_context(|| format!("program {name} is no classifier"))
     }
@@ -253,14 +307,14 @@ impl Programs {
 
     /// A descriptor of a socket program.
     pub fn socket_fd(&mut self, name: &str) -> Result<OwnedFd> {
-        let program = self.ethernet.program_mut(name).with_context(|| format!("no program {name} in the object"))?;
+        let program = self.ethernet()?.program_mut(name).with_context(|| format!("no program {name} in the object"))?;
         let program: &mut CgroupSockAddr =
             program.try_into().with_context(|| format!("program {name} is none for sockets"))?;
         Ok(program.fd().with_context(|| format!("program {name} is not loaded"))?.as_fd().try_clone_to_owned()?)
     }
 
-    /// Loads the programs, those for devices without Ethernet header when the first such device comes, and creates the maps
-    /// that are not pinned yet.
+    /// Creates the maps that are not pinned yet, and loads the programs: those for devices with Ethernet header while the
+    /// caller goes on, the others when the first device without one comes.
     pub fn load(
         generation: &Path,
         flows: &Path,
@@ -271,9 +325,12 @@ impl Programs {
         create_services(generation, capacity)?;
         let pins = Some((generation, flows));
         let mut ethernet = relocate(true, constants, pins, capacity, options)?;
+        let loading = thread::spawn(move || {
+            verify(&mut ethernet, true)?;
+            Ok(ethernet)
+        });
         let bare = relocate(false, constants, pins, capacity, options)?;
-        verify(&mut ethernet, true)?;
-        Ok(Self { ethernet, bare, bare_is_verified: false })
+        Ok(Self { ethernet: Ethernet::Loading(loading), bare, bare_is_verified: false })
     }
 }
 

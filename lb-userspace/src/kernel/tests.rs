@@ -67,7 +67,7 @@ impl Drop for Lab {
 
 impl Kernel {
     fn take_programs(&mut self) -> Programs {
-        self.tables_for(&[]).unwrap();
+        self.tables_for(Capacity::default).unwrap();
         self.tables.take().unwrap().programs
     }
 }

@@ -49,6 +49,34 @@ impl Kind {
         }
     }
 
+    /// The group of the API that it is in; empty for the core's.
+    #[must_use]
+    pub const fn group(self) -> &'static str {
+        match self {
+            Self::Service | Self::Pod | Self::Node => "",
+            Self::EndpointSlice => "discovery.k8s.io",
+            Self::ServiceCidr => "networking.k8s.io",
+        }
+    }
+
+    /// The version within the group.
+    #[must_use]
+    pub const fn version(self) -> &'static str {
+        "v1"
+    }
+
+    /// The word for several, which paths and RBAC rules have.
+    #[must_use]
+    pub const fn plural(self) -> &'static str {
+        match self {
+            Self::Service => "services",
+            Self::EndpointSlice => "endpointslices",
+            Self::Pod => "pods",
+            Self::Node => "nodes",
+            Self::ServiceCidr => "servicecidrs",
+        }
+    }
+
     /// The kind of this name.
     #[must_use]
     pub fn from_name(name: &str) -> Option<Self> {

@@ -28,7 +28,7 @@ const ZONE_LABEL: &str = "topology.kubernetes.io/zone";
 pub struct NodeOptions {
     /// kube-proxy's mode, whose defaults hold.
     pub mode: ProxyMode,
-    /// `nodePortAddresses`: CIDRs and the keyword `primary`; empty: what the mode says.
+    /// `nodePortAddresses`: CIDRs and the keywords `primary`, `localhost`, `all`; empty: what the mode says.
     pub node_port_addresses: Vec<String>,
     /// `iptables.localhostNodePorts`.
     pub localhost_node_ports: bool,
@@ -168,7 +168,8 @@ pub fn node_addresses(
 pub fn health_check_addresses(addresses: &BTreeMap<Addr, NodeAddress>, options: &NodeOptions) -> Vec<IpAddr> {
     let list = &options.node_port_addresses;
     let everywhere = |v4: bool| {
-        let mut of_family = list.iter().filter_map(|text| parse_cidr(text)).filter(|net| net.addr().is_ipv4() == v4);
+        let nets = list.iter().flat_map(|text| networks(text)).filter_map(parse_cidr);
+        let mut of_family = nets.filter(|net| net.addr().is_ipv4() == v4);
         !wants_primary(options) && (of_family.clone().next().is_none() || of_family.any(|net| net.prefix_len() == 0))
     };
     let serving = || addresses.iter().filter(|(_, flags)| **flags & node_flags::NODE_PORTS != 0);
@@ -191,6 +192,16 @@ fn wants_primary(options: &NodeOptions) -> bool {
     }
 }
 
+/// The networks that an entry of `nodePortAddresses` stands for.
+fn networks(entry: &str) -> impl Iterator<Item = &str> + Clone {
+    let keyword = match entry {
+        "localhost" => ["127.0.0.0/8", "::1/128"],
+        "all" => ["0.0.0.0/0", "::/0"],
+        other => [other, ""],
+    };
+    keyword.into_iter().filter(|text| !text.is_empty())
+}
+
 fn node_port_nets(view: &NodeView, options: &NodeOptions) -> (Vec<IpNet>, Vec<Problem>) {
     let mut nets = Vec::new();
     let mut problems = Vec::new();
@@ -198,14 +209,16 @@ fn node_port_nets(view: &NodeView, options: &NodeOptions) -> (Vec<IpNet>, Vec<Pr
         nets.extend(view.primary.iter().copied().map(host));
     }
     for (index, text) in options.node_port_addresses.iter().enumerate().filter(|(_, text)| *text != "primary") {
-        match parse_cidr(text) {
-            Some(net) => nets.push(net),
-            None => problems.push(Problem {
-                object: "KubeProxyConfiguration".to_owned(),
-                field: format!("nodePortAddresses[{index}]"),
-                message: format!("`{text}` is neither a network nor `primary`, and is left out"),
-                remedy: "write it like 192.168.0.0/24".to_owned(),
-            }),
+        for text in networks(text) {
+            match parse_cidr(text) {
+                Some(net) => nets.push(net),
+                None => problems.push(Problem {
+                    object: "KubeProxyConfiguration".to_owned(),
+                    field: format!("nodePortAddresses[{index}]"),
+                    message: format!("`{text}` is neither a network nor a keyword, and is left out"),
+                    remedy: "write it like 192.168.0.0/24, or primary, localhost or all".to_owned(),
+                }),
+            }
         }
     }
     (nets, problems)
@@ -279,6 +292,9 @@ mod tests {
             (ProxyMode::Nftables, &["primary", "127.0.0.0/8"], &first),
             (ProxyMode::Iptables, &["primary", "127.0.0.0/8"], &["192.168.0.2", "2001:db8::1", "127.0.0.1"]),
             (ProxyMode::Nftables, &["0.0.0.0/0", "::/0"], &all),
+            (ProxyMode::Nftables, &["all"], &all),
+            (ProxyMode::Iptables, &["primary", "localhost"], &["192.168.0.2", "2001:db8::1", "127.0.0.1"]),
+            (ProxyMode::Nftables, &["localhost"], &[]),
             (ProxyMode::Nftables, &["192.168.1.0/24"], &["192.168.1.2", "2001:db8::1", "2001:db8:1::2"]),
             (ProxyMode::Iptables, &["192.168.1.0/24", "2001:db8:9::/64"], &["192.168.1.2"]),
         ] {
@@ -310,7 +326,11 @@ mod tests {
             (ProxyMode::Iptables, &[][..], &["0.0.0.0", "::"][..]),
             (ProxyMode::Nftables, &[], &["192.168.0.2", "2001:db8::1"]),
             (ProxyMode::Nftables, &["0.0.0.0/0", "::/0"], &["0.0.0.0", "::"]),
+            (ProxyMode::Nftables, &["primary", "all"], &["192.168.0.2", "192.168.1.2", "2001:db8::1"]),
+            (ProxyMode::Nftables, &["all"], &["0.0.0.0", "::"]),
             (ProxyMode::Iptables, &["192.168.1.0/24"], &["192.168.1.2", "::"]),
+            (ProxyMode::Nftables, &["all"], &["0.0.0.0", "::"]),
+            (ProxyMode::Nftables, &["localhost"], &[]),
         ] {
             let options = NodeOptions {
                 mode,
@@ -319,7 +339,7 @@ mod tests {
             };
             let view = NodeView::new("here", Some(&node()), &options);
             let (addresses, _) = node_addresses(&all, &view, &options);
-            assert_eq!(health_check_addresses(&addresses, &options), ips(want), "{mode:?} {option:?}");
+            assert_eq!(health_check_addresses(&addresses, &view, &options), ips(want), "{mode:?} {option:?}");
         }
     }
 

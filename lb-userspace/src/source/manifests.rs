@@ -139,11 +139,8 @@ impl Manifests {
                 }
             }
         }
-        for path in files {
-            if is_manifest(&path) && path.parent().is_some_and(|parent| self.folder.contains(parent)) {
-                self.store.read(&path);
-            }
-        }
+        let ours = |path: &&PathBuf| is_manifest(path) && path.parent().is_some_and(|it| self.folder.contains(it));
+        self.store.read(&files.iter().filter(ours).map(PathBuf::as_path).collect::<Vec<_>>());
         if rescan {
             self.unreadable = scan(&mut self.folder, &mut self.store).unreadable;
         }
@@ -197,11 +194,9 @@ fn scan(folder: &mut Folder, store: &mut Store) -> Listing {
             store.remove(&path);
         }
     }
-    for (path, stamp) in &listing.files {
-        if stamp.is_none_or(|stamp| !store.is_current(path, stamp)) {
-            store.read(path);
-        }
-    }
+    let stale = listing.files.iter().filter(|(path, stamp)| stamp.is_none_or(|stamp| !store.is_current(path, stamp)));
+    let stale: Vec<_> = stale.map(|(path, _)| path.as_path()).collect();
+    store.read(&stale);
     listing
 }
 

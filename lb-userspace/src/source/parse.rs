@@ -3,7 +3,10 @@
 //! In: YAML or JSON, with several documents and lists. Out: [`Parsed`]: the objects, and a [`Problem`] for each one that can't be
 //! used. A bad document costs itself and no other.
 
-use std::path::Path;
+use std::{
+    path::Path,
+    sync::{Mutex, MutexGuard, PoisonError},
+};
 
 use serde::{Deserialize, Deserializer, de::DeserializeOwned};
 use serde_json::{Value, value::RawValue};
@@ -26,8 +29,8 @@ pub(super) struct Parsed {
     pub skipped: usize,
 }
 
-/// Reads a file's text.
-pub(super) fn parse(file: &Path, bytes: &[u8], interner: &mut Interner) -> Parsed {
+/// Reads a file's text. Several threads may do so with one interner.
+pub(super) fn parse(file: &Path, bytes: &[u8], interner: &Mutex<Interner>) -> Parsed {
     let mut parser = Parser { file, document: 1, interner, parsed: Parsed::default() };
     match std::str::from_utf8(bytes) {
         Ok(text) => {
@@ -122,7 +125,7 @@ fn remedy(message: &str) -> String {
 struct Parser<'a> {
     file: &'a Path,
     document: usize,
-    interner: &'a mut Interner,
+    interner: &'a Mutex<Interner>,
     parsed: Parsed,
 }
 
@@ -217,7 +220,7 @@ impl Parser<'_> {
             let error = FieldError::new("metadata.name", "missing; give the object a name");
             return self.problem(Some((known, &name)), place, error);
         }
-        match self.read(outline, known) {
+        match read(outline, known, self.interner) {
             Ok((object, errors)) => {
                 self.parsed.objects.push((self.document, object));
                 errors.into_iter().for_each(|error| self.problem(Some((known, &name)), place, error));
@@ -227,40 +230,6 @@ impl Parser<'_> {
                 errors.into_iter().for_each(|error| self.problem(Some((known, &name)), place, error));
             }
         }
-    }
-
-    /// The object and what is wrong with parts of it, or what is wrong with all of it.
-    fn read<T: Outline>(&mut self, outline: &T, kind: Kind) -> Result<(Object, Vec<FieldError>), Vec<FieldError>> {
-        let one = |error| vec![error];
-        Ok(match kind {
-            Kind::Service => {
-                let mut service: object::Service = outline.read().map_err(one)?;
-                let errors = check::service(&service);
-                if !errors.is_empty() {
-                    return Err(errors);
-                }
-                service.shrink(self.interner);
-                (Object::Service(Box::new(service)), Vec::new())
-            }
-            Kind::EndpointSlice => {
-                let (slice, errors) = SliceState::new(&outline.read().map_err(one)?, self.interner);
-                (Object::EndpointSlice(slice), errors)
-            }
-            Kind::Pod => {
-                let (pod, errors) = PodState::new(&outline.read().map_err(one)?, self.interner);
-                (Object::Pod(pod), errors)
-            }
-            Kind::Node => {
-                let node: object::Node = outline.read().map_err(one)?;
-                let errors = check::node(&node);
-                (Object::Node(Box::new(node)), errors)
-            }
-            Kind::ServiceCidr => {
-                let cidr: object::ServiceCidr = outline.read().map_err(one)?;
-                let errors = check::service_cidr(&cidr);
-                (Object::ServiceCidr(cidr), errors)
-            }
-        })
     }
 
     fn problem(&mut self, object: Option<(Kind, &ObjectName)>, place: &Place, error: FieldError) {
@@ -279,6 +248,60 @@ impl Parser<'_> {
         self.parsed.unidentified = true;
         self.problem(None, &Place::default(), FieldError::new("", message));
     }
+}
+
+/// An object as the API server writes it, and what is wrong with parts of it, or what is wrong with all of it.
+pub(super) fn read_json(
+    text: &RawValue,
+    kind: Kind,
+    interner: &Mutex<Interner>,
+) -> Result<(Object, Vec<FieldError>), Vec<FieldError>> {
+    read(&text, kind, interner)
+}
+
+/// For a moment: other threads read other files.
+fn lock(interner: &Mutex<Interner>) -> MutexGuard<'_, Interner> {
+    interner.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The object and what is wrong with parts of it, or what is wrong with all of it.
+fn read<T: Outline>(
+    outline: &T,
+    kind: Kind,
+    interner: &Mutex<Interner>,
+) -> Result<(Object, Vec<FieldError>), Vec<FieldError>> {
+    let one = |error| vec![error];
+    Ok(match kind {
+        Kind::Service => {
+            let mut service: object::Service = outline.read().map_err(one)?;
+            let errors = check::service(&service);
+            if !errors.is_empty() {
+                return Err(errors);
+            }
+            service.shrink(&mut lock(interner));
+            (Object::Service(Box::new(service)), Vec::new())
+        }
+        Kind::EndpointSlice => {
+            let slice = outline.read().map_err(one)?;
+            let (slice, errors) = SliceState::new(&slice, &mut lock(interner));
+            (Object::EndpointSlice(slice), errors)
+        }
+        Kind::Pod => {
+            let pod = outline.read().map_err(one)?;
+            let (pod, errors) = PodState::new(&pod, &mut lock(interner));
+            (Object::Pod(pod), errors)
+        }
+        Kind::Node => {
+            let node: object::Node = outline.read().map_err(one)?;
+            let errors = check::node(&node);
+            (Object::Node(Box::new(node)), errors)
+        }
+        Kind::ServiceCidr => {
+            let cidr: object::ServiceCidr = outline.read().map_err(one)?;
+            let errors = check::service_cidr(&cidr);
+            (Object::ServiceCidr(cidr), errors)
+        }
+    })
 }
 
 /// The documents of a YAML stream that hold anything, with the number of lines before each. A line of `---` ends a document

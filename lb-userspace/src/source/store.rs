@@ -6,12 +6,13 @@
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     hash::{DefaultHasher, Hash, Hasher},
+    io,
     path::Path,
-    sync::Arc,
+    sync::{Arc, Mutex},
 };
 
 use super::{
-    Problem, Update,
+    Problem, Update, ahead,
     content::{Content, Stamp},
     parse::{self, Parsed},
 };
@@ -22,7 +23,7 @@ type Key = (Kind, ObjectName);
 /// The files and their objects.
 #[derive(Default)]
 pub(super) struct Store {
-    interner: Interner,
+    interner: Mutex<Interner>,
     files: BTreeMap<Arc<Path>, FileState>,
     /// Looked up for every object that is read, and never listed.
     owners: HashMap<Key, Owner>,
@@ -54,6 +55,24 @@ struct Owner {
     hash: u64,
 }
 
+/// What came of looking at a file.
+enum Found {
+    Whole(Parsed, Option<Stamp>),
+    Busy,
+    Gone,
+    Failed(io::Error),
+}
+
+/// Reads one file; several threads do so at a time.
+fn look(path: &Path, interner: &Mutex<Interner>) -> Found {
+    match Content::read(path) {
+        Content::Whole(bytes, stamp) => Found::Whole(parse::parse(path, &bytes, interner), stamp),
+        Content::Busy => Found::Busy,
+        Content::Gone => Found::Gone,
+        Content::Failed(error) => Found::Failed(error),
+    }
+}
+
 impl Store {
     /// Whether the file is known in this very state.
     pub(super) fn is_current(&self, path: &Path, stamp: Stamp) -> bool {
@@ -71,19 +90,27 @@ impl Store {
         from.map(|(path, _)| path.clone()).take_while(move |path| path.starts_with(folder))
     }
 
-    /// Reads a file that may have changed, and those that inherit from it.
-    pub(super) fn read(&mut self, path: &Path) {
-        self.read_one(path);
-        while let Some(heir) = self.heirs.pop_first() {
-            self.read_one(&heir);
-        }
+    /// Reads files that may have changed, in this order, and those that inherit from them.
+    pub(super) fn read(&mut self, paths: &[&Path]) {
+        let interner = std::mem::take(&mut self.interner);
+        ahead::each(
+            paths,
+            |path| look(path, &interner),
+            |path, found| {
+                self.take_in(path, found);
+                while let Some(heir) = self.heirs.pop_first() {
+                    self.take_in(&heir, look(&heir, &interner));
+                }
+            },
+        );
+        self.interner = interner;
     }
 
     /// Forgets a file that is gone.
     pub(super) fn remove(&mut self, path: &Path) {
         self.forget(path);
         while let Some(heir) = self.heirs.pop_first() {
-            self.read_one(&heir);
+            self.read(&[&heir]);
         }
     }
 
@@ -108,12 +135,12 @@ impl Store {
         Update { changes, problems, skipped: self.skipped, first: false }
     }
 
-    fn read_one(&mut self, path: &Path) {
-        match Content::read(path) {
-            Content::Gone => self.forget(path),
+    fn take_in(&mut self, path: &Path, found: Found) {
+        match found {
+            Found::Gone => self.forget(path),
             // Its end will be announced.
-            Content::Busy => {}
-            Content::Failed(error) => {
+            Found::Busy => {}
+            Found::Failed(error) => {
                 let problem = Problem {
                     file: path.to_owned(),
                     message: format!("can't be read: {error}; what it said before stays in force until it can"),
@@ -125,11 +152,7 @@ impl Store {
                 file.problems = vec![problem];
                 self.troubled.insert(path);
             }
-            Content::Whole(bytes, stamp) => {
-                let parsed = parse::parse(path, &bytes, &mut self.interner);
-                drop(bytes);
-                self.set(path, parsed, stamp);
-            }
+            Found::Whole(parsed, stamp) => self.set(path, parsed, stamp),
         }
     }
 

@@ -139,7 +139,7 @@ fn tables_are_made_as_large_as_the_first_writes_need() {
     lab(|lab| {
         let mut kernel = lab.open();
         assert_eq!(kernel.memory().unwrap(), Memory::default());
-        assert!(!kernel.has_tables());
+        assert!(kernel.tables.is_none());
         let writes: Vec<_> = (0..3000).map(frontend).chain([Write::Endpoint(2999, endpoint(1))]).collect();
         kernel.apply(&writes).unwrap();
         assert_eq!(kernel.statistics().growths, 0);
@@ -148,6 +148,23 @@ fn tables_are_made_as_large_as_the_first_writes_need() {
             [8192, 8192, 4096]
         );
     });
+}
+
+#[test]
+fn tables_are_made_for_what_is_expected_and_a_wrong_guess_costs_one_growth() {
+    for (frontends, growths) in [(3000, 0), (0, 1)] {
+        lab(move |lab| {
+            let mut kernel = lab.open();
+            kernel.prepare(&Expected { frontends, ..Expected::default() }).unwrap();
+            let writes: Vec<_> = (0..3000).map(frontend).collect();
+            kernel.apply(&writes).unwrap();
+            assert_eq!(kernel.statistics().growths, growths);
+            kernel.verified().unwrap();
+            let mut expected = Memory::default();
+            tables::add_to(&mut expected, &writes);
+            assert!(kernel.memory().unwrap() == expected);
+        });
+    }
 }
 
 /// What changing the labels of one Pod costs among this many Services: bpf(2) calls, entries, bytes.
