@@ -33,6 +33,7 @@ use crate::{
     kernel::{
         self, Kernel,
         devices::{Snapshot, watch::Watch},
+        sockets,
         sysctls::Conntrack,
     },
     model::{Kind, Node},
@@ -49,6 +50,8 @@ use crate::{
 
 /// How often bits that no flow can name any more are looked for.
 const EXPIRY_INTERVAL: Duration = Duration::from_secs(60);
+/// How long after a change sockets are looked at: a process may be in the middle of connect(2), and changes come together.
+const SETTLING: Duration = Duration::from_millis(10);
 /// How long after a failed write everything is compared and written again.
 const RETRY: Duration = Duration::from_secs(1);
 
@@ -101,6 +104,7 @@ pub async fn run(options: Options) -> Result<()> {
             (question, answer) = door.next() => answer.send(agent.answer(question)),
             trouble = agent.serve.fatal() => bail!("{trouble} (bindAddressHardFail)"),
             () = sleep_until(agent.alarm) => agent.wake(),
+            () = sleep_until(agent.look.unwrap_or(agent.alarm)), if agent.look.is_some() => agent.end_sockets(),
         }
     }
     info!("stopped; the data plane goes on without an agent (`fairlead cleanup` removes it)");
@@ -120,7 +124,10 @@ struct Agent {
     failed: Option<String>,
     attach_failed: Option<String>,
     sockets_failed: Option<String>,
+    astray_failed: Option<String>,
     alarm: TokioInstant,
+    /// When to look for sockets that the last changes have led astray.
+    look: Option<TokioInstant>,
     start: Instant,
     birth: SystemTime,
     report: Report,
@@ -171,7 +178,9 @@ impl Agent {
             failed: None,
             attach_failed: None,
             sockets_failed: None,
+            astray_failed: None,
             alarm: TokioInstant::now() + EXPIRY_INTERVAL,
+            look: None,
             start: Instant::now(),
             birth: SystemTime::now(),
             report,
@@ -229,7 +238,11 @@ impl Agent {
 
     fn attach_sockets(&mut self) {
         match self.kernel.attach_sockets() {
-            Ok(()) => self.sockets_failed = None,
+            Ok(()) => {
+                self.sockets_failed = None;
+                // Some may have connected while no programs were there.
+                self.look = Some(TokioInstant::now());
+            }
             Err(error) => {
                 let text = format!("{error:#}");
                 if self.sockets_failed.as_ref() != Some(&text) {
@@ -384,6 +397,30 @@ impl Agent {
         }
         self.serve.health().updated(&families, Moment::now());
         self.serve.metrics().synced(&families, self.taken.unwrap_or(begin.counted).elapsed(), self.full);
+        if self.look.is_none() && sockets::concerns(writes, self.pipeline.image().memory()) {
+            self.look = Some(TokioInstant::now() + SETTLING);
+        }
+    }
+
+    fn end_sockets(&mut self) {
+        self.look = None;
+        match self.kernel.end_sockets_astray(self.pipeline.image().memory()) {
+            Ok(0) => self.astray_failed = None,
+            Ok(sockets) => {
+                self.astray_failed = None;
+                info!(
+                    sockets,
+                    "connected UDP sockets were ended: what they were connected to is gone or has become a Service's"
+                );
+            }
+            Err(error) => {
+                let text = format!("{error:#}");
+                if self.astray_failed.as_ref() != Some(&text) {
+                    warn!(error = text, "connected UDP sockets may go on to speak to endpoints that are gone");
+                }
+                self.astray_failed = Some(text);
+            }
+        }
     }
 
     /// What is due: another try after a failure, else old bits.
@@ -402,6 +439,7 @@ impl Agent {
                     self.write(&writes);
                     if self.failed.is_none() {
                         self.serve.health().updated(&Family::ALL, Moment::now());
+                        self.look = Some(TokioInstant::now());
                         self.report.ready = true;
                         info!("the tables are as they should be again");
                     }
@@ -461,6 +499,7 @@ impl Agent {
         report.problems.extend(self.failed.iter().map(|text| format!("tables: {text}")));
         report.problems.extend(self.attach_failed.iter().map(|text| format!("devices: {text}")));
         report.problems.extend(self.sockets_failed.iter().map(|text| format!("sockets: {text}")));
+        report.problems.extend(self.astray_failed.iter().map(|text| format!("connected sockets: {text}")));
         report.problems.extend(self.serve.troubles().iter().map(ToString::to_string));
         report.problems.extend(self.shadowed());
         report.problems.extend(self.kernel.problems(&self.snapshot));

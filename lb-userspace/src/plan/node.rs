@@ -165,11 +165,14 @@ pub fn node_addresses(
 
 /// Where healthCheckNodePorts listen: everywhere, written as the unspecified address, unless NodePorts are restricted.
 #[must_use]
-pub fn health_check_addresses(addresses: &BTreeMap<Addr, NodeAddress>, options: &NodeOptions) -> Vec<IpAddr> {
-    let list = &options.node_port_addresses;
+pub fn health_check_addresses(
+    addresses: &BTreeMap<Addr, NodeAddress>,
+    view: &NodeView,
+    options: &NodeOptions,
+) -> Vec<IpAddr> {
+    let (nets, _) = node_port_nets(view, options);
     let everywhere = |v4: bool| {
-        let nets = list.iter().flat_map(|text| networks(text)).filter_map(parse_cidr);
-        let mut of_family = nets.filter(|net| net.addr().is_ipv4() == v4);
+        let mut of_family = nets.iter().filter(|net| net.addr().is_ipv4() == v4);
         !wants_primary(options) && (of_family.clone().next().is_none() || of_family.any(|net| net.prefix_len() == 0))
     };
     let serving = || addresses.iter().filter(|(_, flags)| **flags & node_flags::NODE_PORTS != 0);
