@@ -233,7 +233,7 @@ impl Agent {
             milliseconds = self.milliseconds(),
             "ready"
         );
-        Ok(())
+        remove_kube_proxy()
     }
 
     fn attach_sockets(&mut self) {
@@ -544,4 +544,16 @@ fn families(writes: &[crate::image::Write]) -> Vec<Family> {
     let (v4, v6) =
         writes.iter().map(crate::image::Write::families).fold((false, false), |(v4, v6), one| (v4 | one.0, v6 | one.1));
     [(v4, Family::V4), (v6, Family::V6)].into_iter().filter(|(any, _)| *any).map(|(_, family)| family).collect()
+}
+
+/// What kube-proxy left would translate before us, or after. It goes as soon as ours is effective, and nobody waits for it:
+/// with many Services iptables takes seconds.
+fn remove_kube_proxy() -> Result<()> {
+    let work = || match kernel::kube_proxy::remove() {
+        Ok(removed) if removed.is_empty() => {}
+        Ok(removed) => info!(removed = removed.join(", "), "kube-proxy's rules are removed"),
+        Err(error) => warn!(error = format!("{error:#}"), "connections may be translated twice"),
+    };
+    std::thread::Builder::new().name("kube-proxy".to_owned()).spawn(work).context("starting a thread")?;
+    Ok(())
 }

@@ -6,6 +6,7 @@
 pub mod cleanup;
 pub mod devices;
 pub mod folder;
+pub mod kube_proxy;
 pub mod links;
 mod netlink;
 pub mod object;
