@@ -78,9 +78,9 @@ mod tests {
             tcp_close_wait_timeout: Duration::from_secs(3_600),
             ..Conntrack::default()
         };
-        let of = |text: &str| Config::of_file(text).unwrap().0.conntrack();
-        assert_eq!(of(""), defaults);
-        let text = "conntrack: {maxPerCore: 0, tcpBeLiberal: true, udpTimeout: 31s, tcpCloseWaitTimeout: 2m0s}";
+        assert_eq!(Config::of_nothing().conntrack(), defaults);
+        let text = "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\n\
+                    conntrack: {maxPerCore: 0, tcpBeLiberal: true, udpTimeout: 31s, tcpCloseWaitTimeout: 2m0s}";
         let want = Conntrack {
             max_per_core: 0,
             tcp_be_liberal: true,
@@ -88,6 +88,6 @@ mod tests {
             tcp_close_wait_timeout: Duration::from_secs(120),
             ..defaults
         };
-        assert_eq!(of(text), want);
+        assert_eq!(Config::of_file(text).unwrap().0.conntrack(), want);
     }
 }
