@@ -28,6 +28,7 @@ use self::{
 };
 use crate::{
     config::Config,
+    events::{Events, Happening},
     image::Image,
     kernel::{
         self, Kernel,
@@ -126,6 +127,7 @@ struct Agent {
     start: Instant,
     report: Report,
     serve: Serve,
+    events: Events,
     /// Whether the cluster had this node's Node object at any time.
     had_node: bool,
     /// Where health checks of Services listen, as it was said last.
@@ -134,6 +136,10 @@ struct Agent {
 
 impl Agent {
     fn open(options: &Options) -> Result<Self> {
+        let events = match &options.source {
+            Place::ApiServer(source) => Events::start(source.address.clone(), &options.node),
+            Place::Manifests(_) => Events::default(),
+        };
         let kernel = Kernel::open(options.kernel.clone())?;
         let memory = kernel.memory().context("reading what is pinned")?;
         let adopted = memory.frontends.len();
@@ -169,7 +175,8 @@ impl Agent {
             look: None,
             start: Instant::now(),
             report,
-            serve: Serve::start(options.serve.clone())?,
+            serve: Serve::start(options.serve.clone(), events.clone())?,
+            events,
             had_node: false,
             check_addresses: Vec::new(),
         })
@@ -206,6 +213,13 @@ impl Agent {
         self.report.ready = self.failed.is_none();
         // The first list takes much more than what stays of it, and never comes again.
         kernel::release_memory();
+        self.events.record(Happening {
+            service: None,
+            warning: false,
+            reason: "Starting",
+            action: "StartKubeProxy",
+            note: String::new(),
+        });
         if self.failed.is_some() {
             return Ok(());
         }

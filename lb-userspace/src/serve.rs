@@ -18,6 +18,8 @@ use std::{net::SocketAddr, sync::Arc, thread, time::Duration};
 use anyhow::{Context as _, Result};
 use tokio::sync::{mpsc, oneshot};
 
+use crate::events::Events;
+
 use self::{
     health::Health,
     node_ports::{Checks, NodePorts},
@@ -57,14 +59,14 @@ pub struct Serve {
 }
 
 impl Serve {
-    /// Begins to serve, in a thread of its own. Addresses that can't be bound are tried again.
+    /// Begins to serve, in a thread of its own. Addresses that can't be bound are tried again, and said in events.
     ///
     /// # Errors
     ///
     /// When there can be no thread.
-    pub fn start(options: Options) -> Result<Self> {
+    pub fn start(options: Options, events: Events) -> Result<Self> {
         let health = Arc::new(Health::new(options.sync_period * 2));
-        let troubles = Troubles::default();
+        let troubles = Troubles::new(events);
         let (checks, changed) = mpsc::unbounded_channel();
         let (failed, fatal) = mpsc::channel(1);
         let (running, ended) = oneshot::channel::<()>();

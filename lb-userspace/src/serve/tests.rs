@@ -13,7 +13,7 @@ use super::{
     health::{Family, Moment},
     node_ports::Checks,
 };
-use crate::{model::ObjectName, plan::HealthCheck};
+use crate::{events::Events, model::ObjectName, plan::HealthCheck};
 
 /// A loopback address for each test, so that the usual ports are free.
 fn address(test: u8, port: u16) -> SocketAddr {
@@ -21,7 +21,8 @@ fn address(test: u8, port: u16) -> SocketAddr {
 }
 
 fn start(test: u8, sync_period: Duration) -> Serve {
-    Serve::start(Options { healthz: Some(address(test, 10256)), sync_period, ..Options::default() }).unwrap()
+    Serve::start(Options { healthz: Some(address(test, 10256)), sync_period, ..Options::default() }, Events::default())
+        .unwrap()
 }
 
 /// Status line, headers without the date, body.
@@ -165,6 +166,7 @@ fn a_port_that_is_taken_is_reported_and_served_once_it_is_free() {
 async fn bind_address_hard_fail_ends_the_agent() {
     let to = address(6, 10256);
     let _taken = TcpListener::bind(to).unwrap();
-    let mut serve = Serve::start(Options { healthz: Some(to), hard_fail: true, ..Options::default() }).unwrap();
+    let mut serve =
+        Serve::start(Options { healthz: Some(to), hard_fail: true, ..Options::default() }, Events::default()).unwrap();
     assert_eq!(serve.fatal().await.reason, "FailedToStartProxierHealthcheck");
 }
