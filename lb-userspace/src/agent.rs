@@ -8,6 +8,7 @@ pub mod report;
 
 use std::{
     net::IpAddr,
+    path::Path,
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
@@ -33,6 +34,7 @@ use crate::{
         self, Kernel,
         devices::{Snapshot, watch::Watch},
         sockets,
+        sysctls::Conntrack,
     },
     model::{Kind, Node},
     pipeline::Pipeline,
@@ -41,6 +43,7 @@ use crate::{
         self, Serve,
         health::{Family, Moment},
         node_ports::Checks,
+        troubles::Trouble,
     },
     source::{Place, Problem, Source, Update},
 };
@@ -67,6 +70,8 @@ pub struct Options {
     pub kernel: kernel::Options,
     /// The HTTP servers.
     pub serve: serve::Options,
+    /// conntrack's settings, if they are ours to make.
+    pub conntrack: Option<Conntrack>,
 }
 
 /// Runs until SIGTERM or SIGINT, and leaves the data plane as it is.
@@ -127,10 +132,15 @@ struct Agent {
     /// When to look for sockets that the last changes have led astray.
     look: Option<TokioInstant>,
     start: Instant,
+    birth: SystemTime,
     report: Report,
     serve: Serve,
     /// Whether the cluster had this node's Node object at any time.
     had_node: bool,
+    /// When the first change was taken in that is not compiled yet.
+    taken: Option<Instant>,
+    /// Whether the next writes come from comparing everything.
+    full: bool,
     /// Where health checks of Services listen, as it was said last.
     check_addresses: Vec<IpAddr>,
 }
@@ -150,6 +160,10 @@ impl Agent {
             adopted_frontends = adopted,
             "waiting for the first list"
         );
+        let serve = Serve::start(options.serve.clone(), options.kernel.bpffs.clone())?;
+        for message in options.conntrack.iter().flat_map(|conntrack| conntrack.apply(Path::new("/"))) {
+            serve.report(&message, Trouble::of_node("FailedToSetConntrack", message.clone()));
+        }
         let report = Report {
             node: options.node.clone(),
             pid: std::process::id(),
@@ -174,8 +188,11 @@ impl Agent {
             alarm: TokioInstant::now() + EXPIRY_INTERVAL,
             look: None,
             start: Instant::now(),
+            birth: SystemTime::now(),
             report,
-            serve: Serve::start(options.serve.clone())?,
+            serve,
+            taken: None,
+            full: true,
             had_node: false,
             check_addresses: Vec::new(),
         })
@@ -259,7 +276,13 @@ impl Agent {
     fn take_in(&mut self, update: Update) {
         let Update { changes, problems, skipped, .. } = update;
         let now = Moment::now();
+        self.taken.get_or_insert(now.counted);
         for change in changes {
+            match change.kind() {
+                Kind::Service => self.serve.metrics().service_changed(),
+                Kind::EndpointSlice | Kind::Pod => self.serve.metrics().endpoints_changed(),
+                Kind::Node | Kind::ServiceCidr => {}
+            }
             if self.pipeline.take(change) {
                 self.serve.health().taken(now);
             }
@@ -325,7 +348,10 @@ impl Agent {
             writes.extend(self.pipeline.image_mut().set_devices(&rows));
         }
         debug!(writes = writes.len(), milliseconds = self.milliseconds(), "planned");
+        self.serve.metrics().nothing_pending();
         self.write(&writes);
+        self.full = self.failed.is_some();
+        self.taken = None;
         self.publish();
         debug!(milliseconds = self.milliseconds(), "written");
         if !writes.is_empty() {
@@ -345,6 +371,17 @@ impl Agent {
         if self.failed.is_some() {
             return;
         }
+        for (v4, seconds) in self.pipeline.endpoints_changed() {
+            let since = UNIX_EPOCH + Duration::from_secs(u64::try_from(seconds).unwrap_or(0));
+            // What happened before the start says nothing about us.
+            if since >= self.birth {
+                self.serve.metrics().programmed(if v4 { Family::V4 } else { Family::V6 }, since);
+            }
+        }
+        for family in Family::ALL {
+            let (inside, outside) = self.pipeline.lacking_local_endpoints(family == Family::V4);
+            self.serve.metrics().set_no_local_endpoints(family, inside, outside);
+        }
         let services = self.pipeline.changed_health_checks();
         let addresses = self.pipeline.health_check_addresses();
         let addresses = (self.check_addresses != addresses).then(|| addresses.to_vec());
@@ -358,11 +395,16 @@ impl Agent {
 
     fn write(&mut self, writes: &[crate::image::Write]) {
         let families = families(writes);
-        self.serve.health().queued(&families, Moment::now());
+        let begin = Moment::now();
+        self.serve.health().queued(&families, begin);
+        self.serve.metrics().queued(&families);
         if writes.is_empty() || self.failed.is_some() {
             return;
         }
-        if let Err(error) = self.kernel.apply(writes) {
+        let result = self.kernel.apply(writes);
+        self.serve.metrics().set_written(self.kernel.statistics());
+        if let Err(error) = result {
+            self.serve.metrics().failed(&families);
             let text = format!("{error:#}");
             error!(error = text, "the tables could not be written; trying again");
             self.failed = Some(text);
@@ -371,6 +413,7 @@ impl Agent {
             return;
         }
         self.serve.health().updated(&families, Moment::now());
+        self.serve.metrics().synced(&families, self.taken.unwrap_or(begin.counted).elapsed(), self.full);
         if self.look.is_none() && sockets::concerns(writes, self.pipeline.image().memory()) {
             self.look = Some(TokioInstant::now() + SETTLING);
         }
@@ -405,6 +448,7 @@ impl Agent {
             match self.kernel.memory() {
                 Ok(memory) => {
                     self.failed = None;
+                    self.full = true;
                     self.pipeline.restart(Image::restore(memory, now));
                     self.rows_of = None;
                     self.compile();

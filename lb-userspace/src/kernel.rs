@@ -16,6 +16,7 @@ pub mod preflight;
 mod reserved;
 pub mod sockets;
 mod sys;
+pub mod sysctls;
 pub mod tables;
 
 use std::{collections::BTreeSet, fs, os::fd::AsFd as _, path::PathBuf};

@@ -168,6 +168,8 @@ impl Model {
             Some(new) => self.slices.insert(name.clone(), new.clone()),
             None => self.slices.remove(name),
         };
+        let v4 = |new: &SliceState| new.endpoints.first().is_none_or(|endpoint| endpoint.addr.is_ipv4());
+        let changed = new.as_ref().and_then(|new| new.changed.map(|changed| (v4(new), changed)));
         let (old, new) = (old.and_then(|old| old.service_name()), new.and_then(|new| new.service_name()));
         if old != new {
             if let Some(Entry::Occupied(mut of)) = old.clone().map(|old| self.slices_of.entry(old)) {
@@ -181,7 +183,8 @@ impl Model {
             }
         }
         // A Service that is yet to come is affected when it comes.
-        affect(old.into_iter().chain(new).filter(|service| self.services.contains_key(service)))
+        let services = old.into_iter().chain(new).filter(|service| self.services.contains_key(service)).collect();
+        Affected { services, endpoints_changed: changed.into_iter().collect(), ..Affected::default() }
     }
 
     fn upsert_pod(&mut self, pod: PodState) -> Affected {

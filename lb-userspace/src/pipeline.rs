@@ -39,6 +39,29 @@ pub struct Pipeline {
     /// Services whose health check changed since somebody asked.
     changed_checks: BTreeSet<ObjectName>,
     check_addresses: Vec<IpAddr>,
+    lacking: Lacking,
+    endpoints_changed: Vec<(bool, i64)>,
+}
+
+/// Services that have endpoints, but none here, where a policy is Local.
+#[derive(Debug, Default)]
+struct Lacking {
+    /// A bit for each of `counts`.
+    services: BTreeMap<ObjectName, [bool; 4]>,
+    counts: [usize; 4],
+}
+
+impl Lacking {
+    fn set(&mut self, service: &ObjectName, lacks: [bool; 4]) {
+        let old = if lacks == [false; 4] {
+            self.services.remove(service)
+        } else {
+            self.services.insert(service.clone(), lacks)
+        };
+        for ((count, new), old) in self.counts.iter_mut().zip(lacks).zip(old.unwrap_or_default()) {
+            *count = *count + usize::from(new) - usize::from(old);
+        }
+    }
 }
 
 impl Pipeline {
@@ -61,6 +84,8 @@ impl Pipeline {
             health_checks: BTreeMap::new(),
             changed_checks: BTreeSet::new(),
             check_addresses: Vec::new(),
+            lacking: Lacking::default(),
+            endpoints_changed: Vec::new(),
         }
     }
 
@@ -111,6 +136,18 @@ impl Pipeline {
         changed.into_iter().map(|name| (name.clone(), self.health_checks.get(&name).copied())).collect()
     }
 
+    /// How many Services have endpoints, but none here, where a policy is Local: for clients inside, and outside.
+    #[must_use]
+    pub const fn lacking_local_endpoints(&self, v4: bool) -> (usize, usize) {
+        let [v4_in, v4_out, v6_in, v6_out] = self.lacking.counts;
+        if v4 { (v4_in, v4_out) } else { (v6_in, v6_out) }
+    }
+
+    /// When endpoints changed whose writes were compiled since the last call: whether they are IPv4's, seconds of Unix time.
+    pub fn endpoints_changed(&mut self) -> Vec<(bool, i64)> {
+        std::mem::take(&mut self.endpoints_changed)
+    }
+
     /// Where healthCheckNodePorts listen; unspecified stands for every address of its family.
     #[must_use]
     pub fn health_check_addresses(&self) -> &[IpAddr] {
@@ -136,7 +173,7 @@ impl Pipeline {
         self.image = image;
         self.planner = Planner::default();
         let services = self.model.services().map(|(name, _)| name.clone()).collect();
-        self.pending = Affected { services, node: true, service_cidrs: true };
+        self.pending = Affected { services, node: true, service_cidrs: true, ..Affected::default() };
     }
 
     /// Takes a change in. Its writes come with the next [`Self::compile`]. Whether anything has to be planned again.
@@ -157,7 +194,8 @@ impl Pipeline {
 
     /// The writes that follow from everything taken in since the last call.
     pub fn compile(&mut self, now: u64) -> Vec<Write> {
-        let Affected { mut services, node, service_cidrs } = std::mem::take(&mut self.pending);
+        let Affected { mut services, node, service_cidrs, endpoints_changed } = std::mem::take(&mut self.pending);
+        self.endpoints_changed.extend(endpoints_changed);
         let mut writes = Vec::new();
         if node {
             let view = NodeView::new(&self.name, self.model.node(), &self.options);
@@ -166,7 +204,7 @@ impl Pipeline {
             let (addresses, problems): (BTreeMap<Addr, NodeAddress>, _) =
                 node_addresses(&self.interfaces, &view, &self.options);
             writes.extend(self.image.set_node_addresses(&addresses));
-            self.check_addresses = health_check_addresses(&addresses, &self.options);
+            self.check_addresses = health_check_addresses(&addresses, &view, &self.options);
             self.fresh.extend(problems.iter().filter(|problem| !self.node_problems.contains(problem)).cloned());
             self.node_problems = problems;
             if view != self.view {
@@ -208,6 +246,9 @@ impl Pipeline {
         if had != check {
             self.changed_checks.insert(service.clone());
         }
+        let lacks = plan.as_ref().map(|plan| [true, false].map(|v4| plan.lacks_local_endpoints(v4)));
+        let lacks = lacks.map(|[v4, v6]| [v4.0, v4.1, v6.0, v6.1]);
+        self.lacking.set(service, lacks.unwrap_or_default());
         let step = self.planner.update(service, plan, age);
         if problems.is_empty() {
             self.problems.remove(service);

@@ -7,28 +7,47 @@
 pub mod answer;
 pub mod health;
 pub mod listen;
+pub mod metrics;
 pub mod node_ports;
+pub mod pages;
 pub mod troubles;
 
 #[cfg(test)]
 mod tests;
 
-use std::{net::SocketAddr, sync::Arc, thread, time::Duration};
+use std::{
+    net::SocketAddr,
+    path::PathBuf,
+    sync::{Arc, atomic::AtomicU64},
+    thread,
+    time::Duration,
+};
 
 use anyhow::{Context as _, Result};
 use tokio::sync::{mpsc, oneshot};
 
 use self::{
     health::Health,
+    metrics::Metrics,
     node_ports::{Checks, NodePorts},
+    pages::Pages,
     troubles::{Trouble, Troubles},
 };
+use crate::plan::node::ProxyMode;
 
 /// What of kube-proxy's configuration concerns its HTTP servers. The default is kube-proxy's.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Options {
     /// `healthzBindAddress`: `/healthz` and `/livez`. None: not served.
     pub healthz: Option<SocketAddr>,
+    /// `metricsBindAddress`: `/metrics` and the other pages. None: not served.
+    pub metrics: Option<SocketAddr>,
+    /// The mode, which `/proxyMode` answers and which metrics depend on.
+    pub mode: ProxyMode,
+    /// The configuration in force, for `/configz`.
+    pub configuration: serde_json::Value,
+    /// Flags with their values, for `/flagz`.
+    pub flags: Vec<(String, String)>,
     /// `bindAddressHardFail`: the agent ends when an address can't be bound.
     pub hard_fail: bool,
     /// `syncPeriod` of the mode in force: what isn't effective after two of them makes the node unhealthy.
@@ -39,6 +58,10 @@ impl Default for Options {
     fn default() -> Self {
         Self {
             healthz: Some(SocketAddr::from(([0, 0, 0, 0], 10256))),
+            metrics: Some(SocketAddr::from(([127, 0, 0, 1], 10249))),
+            mode: ProxyMode::default(),
+            configuration: serde_json::Value::Object(serde_json::Map::new()),
+            flags: Vec::new(),
             hard_fail: false,
             sync_period: Duration::from_secs(30),
         }
@@ -49,6 +72,7 @@ impl Default for Options {
 #[derive(Debug)]
 pub struct Serve {
     health: Arc<Health>,
+    metrics: Arc<Metrics>,
     troubles: Troubles,
     checks: mpsc::UnboundedSender<Checks>,
     fatal: mpsc::Receiver<Trouble>,
@@ -57,40 +81,36 @@ pub struct Serve {
 }
 
 impl Serve {
-    /// Begins to serve, in a thread of its own. Addresses that can't be bound are tried again.
+    /// Begins to serve, in a thread of its own. Addresses that can't be bound are tried again. `bpffs` is where metrics find
+    /// the programs' counters.
     ///
     /// # Errors
     ///
     /// When there can be no thread.
-    pub fn start(options: Options) -> Result<Self> {
+    pub fn start(options: Options, bpffs: PathBuf) -> Result<Self> {
         let health = Arc::new(Health::new(options.sync_period * 2));
+        let metrics = Arc::new(Metrics::new(options.mode, bpffs)?);
         let troubles = Troubles::default();
         let (checks, changed) = mpsc::unbounded_channel();
         let (failed, fatal) = mpsc::channel(1);
         let (running, ended) = oneshot::channel::<()>();
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        let parts = (health.clone(), troubles.clone());
+        let node_ports = NodePorts::new(health.clone(), troubles.clone());
+        let services = services(options, &health, &metrics, &failed);
+        let report_to = troubles.clone();
+        let work = async move {
+            for (service, router) in services {
+                tokio::spawn(listen::serve(service, router, report_to.clone()));
+            }
+            tokio::spawn(node_ports.follow(changed));
+            // An error is what is waited for: the other end is gone.
+            let _ = ended.await;
+        };
         thread::Builder::new()
             .name("http".to_owned())
-            .spawn(move || {
-                runtime.block_on(async move {
-                    let (health, troubles) = parts;
-                    if let Some(address) = options.healthz {
-                        let service = listen::Service {
-                            address,
-                            name: "healthz",
-                            reason: "FailedToStartProxierHealthcheck",
-                            fatal: options.hard_fail.then(|| failed.clone()),
-                        };
-                        tokio::spawn(listen::serve(service, health::router(health.clone()), troubles.clone()));
-                    }
-                    tokio::spawn(NodePorts::new(health, troubles).follow(changed));
-                    // An error is what is waited for: the other end is gone.
-                    let _ = ended.await;
-                });
-            })
+            .spawn(move || runtime.block_on(work))
             .context("starting the thread of the HTTP servers")?;
-        Ok(Self { health, troubles, checks, fatal, _running: running })
+        Ok(Self { health, metrics, troubles, checks, fatal, _running: running })
     }
 
     /// What the agent says of its writes and its Node.
@@ -99,10 +119,21 @@ impl Serve {
         &self.health
     }
 
+    /// What is counted.
+    #[must_use]
+    pub fn metrics(&self) -> &Metrics {
+        &self.metrics
+    }
+
     /// What is wrong with the servers now.
     #[must_use]
     pub fn troubles(&self) -> Vec<Trouble> {
         self.troubles.list()
+    }
+
+    /// Notes something that is wrong for as long as the agent lives.
+    pub fn report(&self, subject: &str, trouble: Trouble) {
+        self.troubles.report(subject, trouble);
     }
 
     /// Says where health checks are answered from now on, and with what.
@@ -118,4 +149,24 @@ impl Serve {
             None => std::future::pending().await,
         }
     }
+}
+
+/// The two servers that live as long as the agent, if they are wanted.
+fn services(
+    options: Options,
+    health: &Arc<Health>,
+    metrics: &Arc<Metrics>,
+    failed: &mpsc::Sender<Trouble>,
+) -> Vec<(listen::Service, axum::Router)> {
+    let Options { healthz, metrics: bound, mode, configuration, flags, hard_fail, sync_period: _ } = options;
+    let service =
+        |address, name, reason| listen::Service { address, name, reason, fatal: hard_fail.then(|| failed.clone()) };
+    let pages = Pages { metrics: metrics.clone(), mode, configuration, flags, pings: AtomicU64::new(0) };
+    let healthz = healthz.map(|address| {
+        let service = service(address, "healthz", "FailedToStartProxierHealthcheck");
+        (service, health::router(health.clone(), metrics.clone()))
+    });
+    let bound =
+        bound.map(|address| (service(address, "metrics", "FailedToStartMetricServer"), pages::router(Arc::new(pages))));
+    healthz.into_iter().chain(bound).collect()
 }

@@ -14,7 +14,7 @@ use super::{pins::Folder, print_version};
 use crate::{
     agent,
     config::{Config, boolean, flags::Flags},
-    kernel::{self, Attach, SocketLb},
+    kernel::{self, Attach, SocketLb, sysctls::Conntrack},
     plan::node::LocalDetector,
     serve,
     source::{Place, api},
@@ -172,6 +172,8 @@ pub fn run(args: RunArgs, gone: &[String]) -> Result<()> {
         return cleanup(&args.folder);
     }
     if args.init_only {
+        let problems = args.conntrack(&config).map(|conntrack| conntrack.apply(Path::new("/"))).unwrap_or_default();
+        problems.iter().for_each(|problem| warn!("{problem}"));
         info!("what needs all privileges is done");
         return Ok(());
     }
@@ -210,6 +212,30 @@ impl RunArgs {
         Ok((config, warnings))
     }
 
+    /// conntrack's settings; a folder of manifests without kube-proxy's configuration has none to keep.
+    fn conntrack(&self, config: &Config) -> Option<Conntrack> {
+        (self.manifests.is_none() || self.config.is_some()).then(|| config.conntrack())
+    }
+
+    /// The flags that say where things are, where they were given: for `/flagz`.
+    fn given_flags(&self) -> Vec<(String, String)> {
+        let path = |path: &Option<PathBuf>| path.as_ref().map(|path| path.display().to_string());
+        let flags = &self.flags;
+        [
+            ("config", path(&self.config)),
+            ("manifests", path(&self.manifests)),
+            ("hostname-override", flags.hostname_override.clone()),
+            ("kubeconfig", flags.kubeconfig.clone()),
+            ("master", flags.master.clone()),
+            ("proxy-mode", flags.proxy_mode.clone()),
+            ("healthz-bind-address", flags.healthz_bind_address.clone()),
+            ("metrics-bind-address", flags.metrics_bind_address.clone()),
+        ]
+        .into_iter()
+        .filter_map(|(name, value)| Some((name.to_owned(), value?)))
+        .collect()
+    }
+
     fn options(self, config: Config) -> Result<agent::Options> {
         let node = match config.node_name() {
             Some(name) => name,
@@ -219,6 +245,7 @@ impl RunArgs {
         node_options.preserve_client_ip |= self.preserve_client_ip;
         let (masquerade_first, masquerade_ports) = self.masquerade_ports;
         let node = node.trim().to_lowercase();
+        let (flags, conntrack) = (self.given_flags(), self.conntrack(&config));
         // Beside a file kube-proxy doesn't look at --kubeconfig. Where the file names none, we do.
         let kubeconfig = Some(config.fields.client_connection.kubeconfig.clone()).filter(|path| !path.is_empty());
         let source = match self.manifests {
@@ -242,10 +269,15 @@ impl RunArgs {
             node_options,
             serve: serve::Options {
                 healthz: config.healthz_address(),
+                metrics: config.metrics_address(),
+                mode: config.mode(),
+                configuration: config.to_json(),
+                flags,
                 hard_fail: config.fields.bind_address_hard_fail,
                 sync_period: config.sync_period.time(),
             },
             config,
+            conntrack,
             kernel: kernel::Options {
                 bpffs: self.folder.bpffs,
                 cgroup: self.cgroup,

@@ -140,6 +140,17 @@ pub enum Change {
     Delete(Kind, ObjectName),
 }
 
+impl Change {
+    /// The kind of the object.
+    #[must_use]
+    pub const fn kind(&self) -> Kind {
+        match self {
+            Self::Upsert(object) => object.kind(),
+            Self::Delete(kind, _) => *kind,
+        }
+    }
+}
+
 /// What has to be planned again after a change.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Affected {
@@ -149,6 +160,8 @@ pub struct Affected {
     pub node: bool,
     /// ServiceCIDRs changed.
     pub service_cidrs: bool,
+    /// When endpoints changed, in seconds of Unix time, and whether they are IPv4's: as their slices' annotations say.
+    pub endpoints_changed: Vec<(bool, i64)>,
 }
 
 impl Affected {
@@ -157,5 +170,6 @@ impl Affected {
         self.services.extend(other.services);
         self.node |= other.node;
         self.service_cidrs |= other.service_cidrs;
+        self.endpoints_changed.extend(other.endpoints_changed);
     }
 }

@@ -61,6 +61,18 @@ pub struct Metadata {
     pub creation_timestamp: Option<String>,
     /// Set while the object is being deleted.
     pub deletion_timestamp: Option<String>,
+    /// The annotations that are read.
+    #[serde(deserialize_with = "nullable")]
+    pub annotations: Annotations,
+}
+
+/// The annotations that are read.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Deserialize)]
+#[serde(default)]
+pub struct Annotations {
+    /// When what an EndpointSlice follows changed, in RFC 3339: what kube-proxy measures its latency from.
+    #[serde(rename = "endpoints.kubernetes.io/last-change-trigger-time")]
+    pub last_change_trigger_time: Option<String>,
 }
 
 impl Metadata {

@@ -24,6 +24,8 @@ pub struct SliceState {
     pub ports: Box<[NamedPort]>,
     /// Endpoints that have an address of the slice's family.
     pub endpoints: Box<[EndpointState]>,
+    /// When what it follows changed, in seconds of Unix time, as its controller says.
+    pub changed: Option<i64>,
 }
 
 /// An endpoint of a slice.
@@ -94,7 +96,9 @@ impl SliceState {
             }
             None => Box::default(),
         };
-        (Self { name, service, ports, endpoints }, errors)
+        let changed = metadata.annotations.last_change_trigger_time.as_deref();
+        let changed = changed.and_then(|text| text.parse::<jiff::Timestamp>().ok()).map(jiff::Timestamp::as_second);
+        (Self { name, service, ports, endpoints, changed }, errors)
     }
 
     /// The Service that it belongs to.

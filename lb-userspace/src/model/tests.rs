@@ -358,3 +358,28 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn a_slice_that_changes_says_since_when_and_of_which_family() {
+    let slice_at = |time: Value, family: &str, addr: &str| {
+        slice(json!({
+            "metadata": {
+                "name": "web-1",
+                "labels": {"kubernetes.io/service-name": "web"},
+                "annotations": {"endpoints.kubernetes.io/last-change-trigger-time": time},
+            },
+            "addressType": family, "ports": [{"name": "http", "port": 8080}], "endpoints": [{"addresses": [addr]}],
+        }))
+    };
+    for (time, family, addr, want) in [
+        (json!("2026-11-25T16:00:00Z"), "IPv4", "10.0.0.1", &[(true, 1_795_622_400)][..]),
+        (json!("2026-11-25T16:00:00.5Z"), "IPv6", "fd00::1", &[(false, 1_795_622_400)]),
+        (json!(null), "IPv4", "10.0.0.1", &[]),
+        (json!("yesterday"), "IPv4", "10.0.0.1", &[]),
+    ] {
+        let mut model = Model::new("n1");
+        model.apply(web());
+        assert_eq!(model.apply(slice_at(time.clone(), family, addr)).endpoints_changed, want, "{time}");
+        assert_eq!(model.apply(Change::Delete(Kind::EndpointSlice, name("web-1"))).endpoints_changed, []);
+    }
+}

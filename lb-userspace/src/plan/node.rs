@@ -54,6 +54,18 @@ pub enum ProxyMode {
     Nftables,
 }
 
+impl ProxyMode {
+    /// kube-proxy's word.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Iptables => "iptables",
+            Self::Ipvs => "ipvs",
+            Self::Nftables => "nftables",
+        }
+    }
+}
+
 /// `detectLocalMode`: which sources are pods of this cluster or node.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum LocalDetector {
@@ -153,11 +165,14 @@ pub fn node_addresses(
 
 /// Where healthCheckNodePorts listen: everywhere, written as the unspecified address, unless NodePorts are restricted.
 #[must_use]
-pub fn health_check_addresses(addresses: &BTreeMap<Addr, NodeAddress>, options: &NodeOptions) -> Vec<IpAddr> {
-    let list = &options.node_port_addresses;
+pub fn health_check_addresses(
+    addresses: &BTreeMap<Addr, NodeAddress>,
+    view: &NodeView,
+    options: &NodeOptions,
+) -> Vec<IpAddr> {
+    let (nets, _) = node_port_nets(view, options);
     let everywhere = |v4: bool| {
-        let nets = list.iter().flat_map(|text| networks(text)).filter_map(parse_cidr);
-        let mut of_family = nets.filter(|net| net.addr().is_ipv4() == v4);
+        let mut of_family = nets.iter().filter(|net| net.addr().is_ipv4() == v4);
         !wants_primary(options) && (of_family.clone().next().is_none() || of_family.any(|net| net.prefix_len() == 0))
     };
     let serving = || addresses.iter().filter(|(_, flags)| **flags & node_flags::NODE_PORTS != 0);
@@ -317,6 +332,8 @@ mod tests {
             (ProxyMode::Nftables, &["primary", "all"], &["192.168.0.2", "192.168.1.2", "2001:db8::1"]),
             (ProxyMode::Nftables, &["all"], &["0.0.0.0", "::"]),
             (ProxyMode::Iptables, &["192.168.1.0/24"], &["192.168.1.2", "::"]),
+            (ProxyMode::Nftables, &["all"], &["0.0.0.0", "::"]),
+            (ProxyMode::Nftables, &["localhost"], &[]),
         ] {
             let options = NodeOptions {
                 mode,
@@ -325,7 +342,7 @@ mod tests {
             };
             let view = NodeView::new("here", Some(&node()), &options);
             let (addresses, _) = node_addresses(&all, &view, &options);
-            assert_eq!(health_check_addresses(&addresses, &options), ips(want), "{mode:?} {option:?}");
+            assert_eq!(health_check_addresses(&addresses, &view, &options), ips(want), "{mode:?} {option:?}");
         }
     }
 

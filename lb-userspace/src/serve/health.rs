@@ -23,7 +23,10 @@ use axum::{
 use jiff::Timestamp;
 use serde::Serialize;
 
-use super::answer::{JSON, answer, not_found};
+use super::{
+    answer::{JSON, answer, not_found},
+    metrics::Metrics,
+};
 
 /// An IP family, each of which has its own proxier in kube-proxy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -196,18 +199,24 @@ impl Health {
     }
 }
 
+/// What both pages need.
+type Shared = State<(Arc<Health>, Arc<Metrics>)>;
+
 /// `/healthz` and `/livez`, for any method.
-pub fn router(health: Arc<Health>) -> Router {
-    async fn healthz(State(health): State<Arc<Health>>) -> Response<Body> {
-        respond(health.say(true, Moment::now()))
+pub fn router(health: Arc<Health>, metrics: Arc<Metrics>) -> Router {
+    async fn healthz(State((health, metrics)): Shared) -> Response<Body> {
+        respond(&health, &metrics, true)
     }
-    async fn livez(State(health): State<Arc<Health>>) -> Response<Body> {
-        respond(health.say(false, Moment::now()))
+    async fn livez(State((health, metrics)): Shared) -> Response<Body> {
+        respond(&health, &metrics, false)
     }
-    Router::new().route("/healthz", any(healthz)).route("/livez", any(livez)).fallback(not_found).with_state(health)
+    let router = Router::new().route("/healthz", any(healthz)).route("/livez", any(livez)).fallback(not_found);
+    router.with_state((health, metrics))
 }
 
-fn respond((good, body): (bool, String)) -> Response<Body> {
+fn respond(health: &Health, metrics: &Metrics, of_node: bool) -> Response<Body> {
+    let (good, body) = health.say(of_node, Moment::now());
+    metrics.probed(of_node, good);
     answer(if good { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE }, JSON, body)
 }
 

@@ -80,14 +80,10 @@ pub async fn serve(service: Service, router: Router, troubles: Troubles) {
                 let _ = axum::serve(listener, router.clone()).await;
             }
             Err(error) => {
-                let trouble = Trouble {
+                let trouble = Trouble::of_node(
                     reason,
-                    action: "StartKubeProxy",
-                    service: None,
-                    message: format!(
-                        "cannot serve {name} at {address}: {error}; is another kube-proxy running? trying again"
-                    ),
-                };
+                    format!("cannot serve {name} at {address}: {error}; is another kube-proxy running? trying again"),
+                );
                 troubles.report(name, trouble.clone());
                 if let Some(fatal) = &fatal {
                     let _ = fatal.send(trouble).await;

@@ -13,7 +13,10 @@ use super::{
     health::{Family, Moment},
     node_ports::Checks,
 };
-use crate::{model::ObjectName, plan::HealthCheck};
+use crate::{
+    model::ObjectName,
+    plan::{HealthCheck, node::ProxyMode},
+};
 
 /// A loopback address for each test, so that the usual ports are free.
 fn address(test: u8, port: u16) -> SocketAddr {
@@ -21,7 +24,17 @@ fn address(test: u8, port: u16) -> SocketAddr {
 }
 
 fn start(test: u8, sync_period: Duration) -> Serve {
-    Serve::start(Options { healthz: Some(address(test, 10256)), sync_period, ..Options::default() }).unwrap()
+    let flags = vec![("proxy-mode".to_owned(), "nftables".to_owned()), ("v".to_owned(), "2".to_owned())];
+    let options = Options {
+        healthz: Some(address(test, 10256)),
+        metrics: Some(address(test, 10249)),
+        mode: ProxyMode::Nftables,
+        configuration: serde_json::json!({"kind": "KubeProxyConfiguration"}),
+        flags,
+        sync_period,
+        ..Options::default()
+    };
+    Serve::start(options, "/nowhere".into()).unwrap()
 }
 
 /// Status line, headers without the date, body.
@@ -165,6 +178,92 @@ fn a_port_that_is_taken_is_reported_and_served_once_it_is_free() {
 async fn bind_address_hard_fail_ends_the_agent() {
     let to = address(6, 10256);
     let _taken = TcpListener::bind(to).unwrap();
-    let mut serve = Serve::start(Options { healthz: Some(to), hard_fail: true, ..Options::default() }).unwrap();
+    let mut serve = Serve::start(
+        Options { healthz: Some(to), metrics: None, hard_fail: true, ..Options::default() },
+        "/nowhere".into(),
+    )
+    .unwrap();
     assert_eq!(serve.fatal().await.reason, "FailedToStartProxierHealthcheck");
+}
+
+/// kube-proxy 1.37.2 was asked the same: codes, types and bodies are its.
+#[test]
+fn every_page_of_the_metrics_server_answers_as_kube_proxy_s() {
+    let _serve = start(7, Duration::from_secs(30));
+    let to = address(7, 10249);
+    wait(|| ask(to, "GET /healthz"));
+    let text = "text/plain; charset=utf-8";
+    for (request, want, content_type, body) in [
+        ("GET /healthz", 200, text, Some("ok")),
+        ("GET /healthz?verbose", 200, text, Some("[+]ping ok\nhealthz check passed\n")),
+        ("GET /healthz?verbose&exclude=ping", 200, text, Some("[+]ping excluded: ok\nhealthz check passed\n")),
+        ("GET /healthz/ping", 200, text, Some("ok")),
+        ("GET /proxyMode", 200, text, Some("nftables")),
+        ("POST /proxyMode", 200, text, Some("nftables")),
+        (
+            "GET /configz",
+            200,
+            "application/json",
+            Some(r#"{"kubeproxy.config.k8s.io":{"kind":"KubeProxyConfiguration"}}"#),
+        ),
+        ("GET /metrics", 200, "text/plain; version=0.0.4; charset=utf-8; escaping=underscores", None),
+        ("GET /metrics/slis", 200, "text/plain; version=0.0.4; charset=utf-8; escaping=underscores", None),
+        ("GET /statusz", 200, text, None),
+        ("GET /flagz", 200, text, None),
+        ("GET /", 404, text, Some("404 page not found\n")),
+        ("GET /livez", 404, text, Some("404 page not found\n")),
+        ("GET /debug/pprof/", 404, text, Some("404 page not found\n")),
+    ] {
+        let (status, headers, found) = ask(to, request).unwrap();
+        assert_eq!(status.split(' ').nth(1), Some(want.to_string().as_str()), "{request}");
+        assert_eq!(headers["content-type"], content_type, "{request}");
+        if let Some(body) = body {
+            assert_eq!(found, body, "{request}");
+        }
+    }
+    let slis = ask(to, "GET /metrics/slis").unwrap();
+    assert!(slis.1.contains_key("process-start-time-unix"));
+    assert!(
+        slis.2.contains("\nkubernetes_healthchecks_total{name=\"ping\",status=\"success\",type=\"healthz\"} 4\n"),
+        "{}",
+        slis.2
+    );
+    let text = ask(to, "GET /metrics").unwrap().2;
+    assert!(
+        text.contains("\nkubeproxy_sync_proxy_rules_service_changes_total 0\n") && !text.contains("# EOF"),
+        "{text}"
+    );
+}
+
+#[test]
+fn status_and_flags_are_text_or_objects() {
+    let _serve = start(8, Duration::from_secs(30));
+    let to = address(8, 10249);
+    let text = wait(|| ask(to, "GET /statusz")).2;
+    assert!(text.starts_with("\nkube-proxy statusz\nWarning: This endpoint"), "{text}");
+    assert!(text.contains("\nPaths: /configz /flagz /healthz /metrics /proxyMode\n"), "{text}");
+    assert!(ask(to, "GET /flagz").unwrap().2.ends_with("\nproxy-mode=nftables\nv=2\n"));
+    let accept = |page: &str, accept: &str| {
+        let mut stream = TcpStream::connect(to).unwrap();
+        let request = format!("GET {page} HTTP/1.1\r\nHost: node\r\nAccept: {accept}\r\nConnection: close\r\n\r\n");
+        stream.write_all(request.as_bytes()).unwrap();
+        let mut text = String::new();
+        stream.read_to_string(&mut text).unwrap();
+        let (head, body) = text.split_once("\r\n\r\n").unwrap();
+        (head.to_owned(), body.to_owned())
+    };
+    let (head, body) = accept("/flagz", "application/json;v=v1beta1;g=config.k8s.io;as=Flagz");
+    assert!(head.contains("content-type: application/json;g=config.k8s.io;v=v1beta1;as=Flagz"), "{head}");
+    let want = "{\n  \"kind\": \"Flagz\",\n  \"apiVersion\": \"config.k8s.io/v1beta1\",\n  \"metadata\": {\n    \"name\": \
+                \"kube-proxy\"\n  },\n  \"flags\": {\n    \"proxy-mode\": \"nftables\",\n    \"v\": \"2\"\n  }\n}";
+    assert_eq!(body, want);
+    let (head, body) = accept("/statusz", "application/json;v=v1alpha1;g=config.k8s.io;as=Statusz");
+    assert!(head.contains("warning: 299 - \"This version of the statusz endpoint is deprecated."), "{head}");
+    let object: serde_json::Value = serde_json::from_str(&body).unwrap();
+    assert_eq!((&object["kind"], &object["binaryVersion"]), (&"Statusz".into(), &"1.37.2".into()));
+    let (head, body) = accept("/statusz", "application/json");
+    assert!(head.starts_with("HTTP/1.1 406 Not Acceptable"), "{head}");
+    assert!(
+        body.contains("only the following media types are accepted: application/json, application/yaml, text/plain")
+    );
 }

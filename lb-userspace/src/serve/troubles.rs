@@ -25,6 +25,14 @@ pub struct Trouble {
     pub message: String,
 }
 
+impl Trouble {
+    /// What the node starts with.
+    #[must_use]
+    pub const fn of_node(reason: &'static str, message: String) -> Self {
+        Self { reason, action: "StartKubeProxy", service: None, message }
+    }
+}
+
 impl fmt::Display for Trouble {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if let Some(service) = &self.service {
