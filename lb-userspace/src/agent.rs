@@ -29,6 +29,7 @@ use self::{
 };
 use crate::{
     config::Config,
+    events::{Events, Happening},
     image::Image,
     kernel::{
         self, Kernel,
@@ -135,6 +136,7 @@ struct Agent {
     birth: SystemTime,
     report: Report,
     serve: Serve,
+    events: Events,
     /// Whether the cluster had this node's Node object at any time.
     had_node: bool,
     /// When the first change was taken in that is not compiled yet.
@@ -147,6 +149,10 @@ struct Agent {
 
 impl Agent {
     fn open(options: &Options) -> Result<Self> {
+        let events = match &options.source {
+            Place::ApiServer(source) => Events::start(source.address.clone(), &options.node),
+            Place::Manifests(_) => Events::default(),
+        };
         let kernel = Kernel::open(options.kernel.clone())?;
         let memory = kernel.memory().context("reading what is pinned")?;
         let adopted = memory.frontends.len();
@@ -160,7 +166,7 @@ impl Agent {
             adopted_frontends = adopted,
             "waiting for the first list"
         );
-        let serve = Serve::start(options.serve.clone(), options.kernel.bpffs.clone())?;
+        let serve = Serve::start(options.serve.clone(), options.kernel.bpffs.clone(), events.clone())?;
         for message in options.conntrack.iter().flat_map(|conntrack| conntrack.apply(Path::new("/"))) {
             serve.report(&message, Trouble::of_node("FailedToSetConntrack", message.clone()));
         }
@@ -191,6 +197,7 @@ impl Agent {
             birth: SystemTime::now(),
             report,
             serve,
+            events,
             taken: None,
             full: true,
             had_node: false,
@@ -237,6 +244,13 @@ impl Agent {
         self.report.ready = self.failed.is_none();
         // The first list takes much more than what stays of it, and never comes again.
         kernel::release_memory();
+        self.events.record(Happening {
+            service: None,
+            warning: false,
+            reason: "Starting",
+            action: "StartKubeProxy",
+            note: String::new(),
+        });
         if self.failed.is_some() {
             return Ok(());
         }

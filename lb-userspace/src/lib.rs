@@ -7,6 +7,7 @@
 pub mod agent;
 pub mod cli;
 pub mod config;
+pub mod events;
 pub mod image;
 pub mod kernel;
 pub mod model;

@@ -33,7 +33,7 @@ use self::{
     pages::Pages,
     troubles::{Trouble, Troubles},
 };
-use crate::plan::node::ProxyMode;
+use crate::{events::Events, plan::node::ProxyMode};
 
 /// What of kube-proxy's configuration concerns its HTTP servers. The default is kube-proxy's.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -81,16 +81,16 @@ pub struct Serve {
 }
 
 impl Serve {
-    /// Begins to serve, in a thread of its own. Addresses that can't be bound are tried again. `bpffs` is where metrics find
-    /// the programs' counters.
+    /// Begins to serve, in a thread of its own. Addresses that can't be bound are tried again, and said in `events`. `bpffs` is
+    /// where metrics find the programs' counters.
     ///
     /// # Errors
     ///
     /// When there can be no thread.
-    pub fn start(options: Options, bpffs: PathBuf) -> Result<Self> {
+    pub fn start(options: Options, bpffs: PathBuf, events: Events) -> Result<Self> {
         let health = Arc::new(Health::new(options.sync_period * 2));
         let metrics = Arc::new(Metrics::new(options.mode, bpffs)?);
-        let troubles = Troubles::default();
+        let troubles = Troubles::new(events);
         let (checks, changed) = mpsc::unbounded_channel();
         let (failed, fatal) = mpsc::channel(1);
         let (running, ended) = oneshot::channel::<()>();

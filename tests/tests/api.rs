@@ -111,6 +111,11 @@ fn connections_do_what_the_controllers_make_of_pods() {
     }
     // The Service of the API server itself: its slice is written by no controller. (It knows no way back to pods.)
     clients[1].connect(SocketAddr::from(([10, 96, 0, 1], 443))).unwrap();
+    // As kube-proxy's, each agent has said that it started.
+    world.api.until("/apis/events.k8s.io/v1/namespaces/default/events", |list| {
+        let started = |event: &&Value| event["reason"] == "Starting" && event["regarding"]["kind"] == "Node";
+        list["items"].as_array().into_iter().flatten().filter(started).count() == 2
+    });
     world.api.patch(&format!("{PODS}/p1-1"), &json!({"metadata": {"labels": {"app": "other"}}}));
     world.expect_answers(By::LoadBalancer, &all[1..], SOON);
     let not_ready = json!({"status": {"conditions": [{"type": "Ready", "status": "False"}]}});

@@ -14,6 +14,7 @@ use super::{
     node_ports::Checks,
 };
 use crate::{
+    events::Events,
     model::ObjectName,
     plan::{HealthCheck, node::ProxyMode},
 };
@@ -34,7 +35,7 @@ fn start(test: u8, sync_period: Duration) -> Serve {
         sync_period,
         ..Options::default()
     };
-    Serve::start(options, "/nowhere".into()).unwrap()
+    Serve::start(options, "/nowhere".into(), Events::default()).unwrap()
 }
 
 /// Status line, headers without the date, body.
@@ -181,6 +182,7 @@ async fn bind_address_hard_fail_ends_the_agent() {
     let mut serve = Serve::start(
         Options { healthz: Some(to), metrics: None, hard_fail: true, ..Options::default() },
         "/nowhere".into(),
+        Events::default(),
     )
     .unwrap();
     assert_eq!(serve.fatal().await.reason, "FailedToStartProxierHealthcheck");

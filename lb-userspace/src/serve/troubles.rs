@@ -1,6 +1,6 @@
 //! What is wrong with the servers, as an event of kube-proxy's would say it.
 //!
-//! In: failures by what they are about. Out: a log line when one is new, a list of those that last.
+//! In: failures by what they are about. Out: a log line and an event when one is new, a list of those that last.
 
 use std::{
     collections::BTreeMap,
@@ -10,7 +10,10 @@ use std::{
 
 use tracing::{info, warn};
 
-use crate::model::ObjectName;
+use crate::{
+    events::{Events, Happening},
+    model::ObjectName,
+};
 
 /// A failure in the words of kube-proxy's events.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -44,21 +47,37 @@ impl fmt::Display for Trouble {
 
 /// The failures that last, by what they are about.
 #[derive(Clone, Debug, Default)]
-pub struct Troubles(Arc<Mutex<BTreeMap<String, Trouble>>>);
+pub struct Troubles {
+    lasting: Arc<Mutex<BTreeMap<String, Trouble>>>,
+    events: Events,
+}
 
 impl Troubles {
+    /// None yet; new ones are recorded there.
+    #[must_use]
+    pub fn new(events: Events) -> Self {
+        Self { lasting: Arc::default(), events }
+    }
+
     /// Notes a failure. The same one again is no news.
     pub fn report(&self, subject: &str, trouble: Trouble) {
-        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut all = self.lasting.lock().unwrap_or_else(PoisonError::into_inner);
         if all.get(subject) != Some(&trouble) {
             warn!(reason = trouble.reason, "{trouble}");
+            self.events.record(Happening {
+                service: trouble.service.clone(),
+                warning: true,
+                reason: trouble.reason,
+                action: trouble.action,
+                note: trouble.message.clone(),
+            });
             all.insert(subject.to_owned(), trouble);
         }
     }
 
     /// Notes that it is over, if it was there.
     pub fn resolve(&self, subject: &str) {
-        if self.0.lock().unwrap_or_else(PoisonError::into_inner).remove(subject).is_some() {
+        if self.lasting.lock().unwrap_or_else(PoisonError::into_inner).remove(subject).is_some() {
             info!(subject, "works again");
         }
     }
@@ -66,6 +85,6 @@ impl Troubles {
     /// All that last.
     #[must_use]
     pub fn list(&self) -> Vec<Trouble> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).values().cloned().collect()
+        self.lasting.lock().unwrap_or_else(PoisonError::into_inner).values().cloned().collect()
     }
 }
