@@ -191,8 +191,14 @@ impl Runner {
         let mut verdict = "dnat";
         for number in 0..40 * wanted.len().max(1) {
             self.port = self.port.checked_add(1).unwrap_or(1024);
+            self.machine.forget_clients();
             match self.send(case, flow, self.port) {
                 Fate::Forward(endpoint, masqueraded) => {
+                    if !case.state["affinity"].is_null() {
+                        self.port = self.port.checked_add(1).unwrap_or(1024);
+                        let again = self.send(case, flow, self.port);
+                        assert_eq!(again, Fate::Forward(endpoint, masqueraded), "{}: the client stays", case.id);
+                    }
                     let before = seen.insert(endpoint.to_string(), masqueraded);
                     assert!(before.is_none_or(|it| it == masqueraded), "{} {}", case.id, flow.name);
                 }

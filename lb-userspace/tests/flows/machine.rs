@@ -10,12 +10,14 @@ use std::{
     thread,
 };
 
+use aya::maps::{HashMap, Map, MapData};
 use fairlead::{
     image::{GRACE, Image},
-    kernel::{Kernel, Options, SocketLb, devices::watch::Watch},
+    kernel::{Kernel, Options, SocketLb, devices::watch::Watch, folder},
     model::{Change, Object},
     pipeline::Pipeline,
 };
+use lb_common::affinity::{Affinity, AffinityKey};
 use rustix::{
     mount::{UnmountFlags, unmount},
     thread::{UnshareFlags, unshare_unsafe},
@@ -117,6 +119,15 @@ impl Machine {
     /// Where things are pinned.
     pub fn bpffs(&self) -> &PathBuf {
         &self.bpffs
+    }
+
+    /// Makes every client a new one, so that rows of Services with session affinity meet all of their endpoints.
+    pub fn forget_clients(&self) {
+        let (_, flows, _) = folder::current(&self.bpffs).unwrap();
+        let map = Map::LruHashMap(MapData::from_pin(flows.join("AFFINITIES")).unwrap());
+        let mut affinities: HashMap<_, AffinityKey, Affinity> = HashMap::try_from(map).unwrap();
+        let keys: Vec<AffinityKey> = affinities.keys().map(Result::unwrap).collect();
+        keys.iter().for_each(|key| affinities.remove(key).unwrap());
     }
 
     fn image(&self) -> &Image {
