@@ -9,7 +9,8 @@
 //! | [`Kind::Forwarded`] | client | endpoint | requests and answers on the way out; ICMP errors about requests |
 //! | [`Kind::Masqueraded`] | node's address and port | endpoint | answers on the way in |
 //!
-//! (A fourth kind, [`Kind::Foreign`], is no connection of ours: it keeps answers to the node from being taken for requests.)
+//! (A fourth kind, [`Kind::Foreign`], is no connection of ours: it keeps answers to the node from being taken for requests.
+//! Neither is a masqueraded one with [`flow_flags::FOREIGN`]: it keeps its tuple from being taken.)
 //!
 //! Keys are whole tuples. (`docs/decisions.md` says why not one entry keyed by the client's end.)
 
@@ -121,6 +122,8 @@ pub mod flow_flags {
     pub const MASQUERADE: u8 = 1 << 0;
     /// The frontend is a NodePort.
     pub const NODE_PORT: u8 = 1 << 1;
+    /// No connection of ours, but one by which the node itself uses a tuple that masquerading could take.
+    pub const FOREIGN: u8 = 1 << 2;
 }
 
 /// TCP flags, the 14th byte of the header (RFC 9293 §3.1).

@@ -204,16 +204,20 @@ pub struct Settings {
     pub cidrs_v4: Cover,
     /// A network that holds every IPv6 ServiceCIDR.
     pub cidrs_v6: Cover,
-    /// Bits of [`settings_flags`].
-    pub flags: u32,
+    /// Until this second of the programs' clock connections may exist that are older than the first start: packets in the
+    /// middle of an unknown TCP connection are left to the stack, where conntrack knows them. 0: there are none.
+    pub mid_flow_left_until: u32,
     /// Always 0.
     pub pad: u32,
 }
 
-/// Bits of [`Settings::flags`].
-pub mod settings_flags {
-    /// Connections older than the first start may exist: packets in their middle are left to the stack (conntrack).
-    pub const LEAVE_MID_FLOW: u32 = 1 << 0;
+impl Settings {
+    /// Whether packets in the middle of an unknown TCP connection are left to the host's stack.
+    #[must_use]
+    #[inline(always)]
+    pub const fn leaves_mid_flow(&self, now: u32) -> bool {
+        self.mid_flow_left_until != 0 && now.wrapping_sub(self.mid_flow_left_until).cast_signed() < 0
+    }
 }
 
 /// A network as address and mask. The default holds nothing; [`Cover::EVERYTHING`] is the network of length 0.

@@ -7,8 +7,7 @@ use crate::{
     addr::{Addr, Port},
     flow::{Flow, FlowKey, FragmentKey, FragmentPorts},
     layout::{
-        Device, Endpoint, Frontend, FrontendKey, NodeAddress, PrefixKey, ServiceName, Settings, bit_index,
-        device_flags, settings_flags,
+        Device, Endpoint, Frontend, FrontendKey, NodeAddress, PrefixKey, ServiceName, Settings, bit_index, device_flags,
     },
     tables::{State, Tables},
 };
@@ -194,7 +193,7 @@ impl State for Machine {
     }
 
     fn leaves_mid_flow(&self) -> bool {
-        self.tables.settings.flags & settings_flags::LEAVE_MID_FLOW != 0
+        self.tables.settings.leaves_mid_flow(self.now)
     }
 
     fn may_refuse(&mut self) -> bool {

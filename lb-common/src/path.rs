@@ -11,7 +11,8 @@ mod open;
 pub use self::{egress::egress, ingress::ingress};
 use crate::{
     decide::Question,
-    flow::{CARE_INTERVAL, Flow, FlowKey, FragmentKey, state},
+    flow::{CARE_INTERVAL, Flow, FlowKey, FragmentKey, state, tcp_flags},
+    layout::protocol,
     parse::{Headers, Part},
     reason::Reason,
     tables::State,
@@ -100,6 +101,12 @@ fn complete_fragment<S: State>(headers: &mut Headers, at: At, state: &mut S) -> 
     let Some(ports) = state.fragment(&key) else { return false };
     (headers.sport, headers.dport) = (ports.sport, ports.dport);
     true
+}
+
+/// Whether a packet must belong to a connection that already exists.
+#[inline(always)]
+const fn is_mid_flow(headers: &Headers) -> bool {
+    headers.proto == protocol::TCP && headers.tcp & (tcp_flags::SYN | tcp_flags::ACK) != tcp_flags::SYN
 }
 
 /// Whether a packet at `now` is the first for a while, so that the other entries of its connection want a look.

@@ -49,6 +49,9 @@ pub static FLOWS: LruHashMap<FlowKey, Flow, 65536> = LruHashMap::new();
 /// Connections without an answer so far: a flood of them evicts only its own kind.
 #[btf_map]
 pub static NEW_FLOWS: LruHashMap<FlowKey, Flow, 16384> = LruHashMap::new();
+/// How many entries were made in [`FLOWS`] and [`NEW_FLOWS`], less those that were removed: what is not there was evicted.
+#[btf_map]
+pub static ENTRIES: PerCpuArray<u64, 2> = PerCpuArray::new();
 #[btf_map]
 pub static FRAGMENTS: LruHashMap<FragmentKey, FragmentPorts, 4096> = LruHashMap::new();
 /// By [`lb_common::reason::Reason`].

@@ -2,21 +2,19 @@
 
 use aya_ebpf::{
     bindings::{__sk_buff, BPF_NOEXIST, bpf_fib_lookup as FibLookup, bpf_sock_addr},
-    btf_maps::lpm_trie::Key,
+    btf_maps::{LruHashMap, lpm_trie::Key},
     helpers::generated::{bpf_fib_lookup, bpf_ktime_get_coarse_ns},
 };
 use lb_common::{
     addr::{Addr, Port},
     flow::{Flow, FlowKey, FragmentKey, FragmentPorts},
-    layout::{
-        BIT_WORDS, Device, Endpoint, Frontend, FrontendKey, NodeAddress, bit_index, device_flags, settings_flags,
-    },
+    layout::{BIT_WORDS, Device, Endpoint, Frontend, FrontendKey, NodeAddress, bit_index, device_flags},
     reason::Reason,
     tables::{State, Tables},
 };
 
 use crate::maps::{
-    COUNTERS, DEVICES, ENDPOINT_BITS, ENDPOINTS, FLOWS, FRAGMENTS, FRONTEND_BITS, FRONTENDS, LOCAL_CIDRS,
+    COUNTERS, DEVICES, ENDPOINT_BITS, ENDPOINTS, ENTRIES, FLOWS, FRAGMENTS, FRONTEND_BITS, FRONTENDS, LOCAL_CIDRS,
     MASQUERADE_FIRST, MASQUERADE_PORTS, NEW_FLOWS, NODE_ADDRESSES, Prefix, REFUSALS, SERVICE_CIDRS, SETTINGS, SLOTS,
     SOURCE_RANGES,
 };
@@ -125,6 +123,42 @@ impl Tables for Maps {
     }
 }
 
+/// Indices of [`ENTRIES`].
+const ANSWERED: u32 = 0;
+const UNANSWERED: u32 = 1;
+
+/// Makes an entry where there is none. False: there is one, or the table took none.
+#[inline(always)]
+fn make<const N: usize>(map: &LruHashMap<FlowKey, Flow, N>, table: u32, key: &FlowKey, flow: &Flow) -> bool {
+    let made = map.insert(key, flow, u64::from(BPF_NOEXIST)).is_ok();
+    if made {
+        count_entries(table, 1);
+    }
+    made
+}
+
+/// Makes an entry, in place of any that there is.
+#[inline(always)]
+fn put<const N: usize>(map: &LruHashMap<FlowKey, Flow, N>, table: u32, key: &FlowKey, flow: &Flow) -> bool {
+    make(map, table, key, flow) || map.insert(key, flow, 0).is_ok()
+}
+
+#[inline(always)]
+fn remove<const N: usize>(map: &LruHashMap<FlowKey, Flow, N>, table: u32, key: &FlowKey) {
+    if map.remove(key).is_ok() {
+        count_entries(table, u64::MAX);
+    }
+}
+
+/// Adds to the entries that were made and not removed.
+#[inline(always)]
+fn count_entries(table: u32, by: u64) {
+    if let Some(entries) = ENTRIES.get_ptr_mut(table) {
+        // SAFETY: the map's value, of this CPU alone.
+        unsafe { *entries = (*entries).wrapping_add(by) };
+    }
+}
+
 impl State for Maps {
     #[inline(always)]
     fn now(&self) -> u32 {
@@ -145,26 +179,26 @@ impl State for Maps {
 
     #[inline(always)]
     fn insert_flow(&mut self, key: &FlowKey, flow: &Flow) -> bool {
-        let _ = FLOWS.remove(key);
-        NEW_FLOWS.insert(key, flow, 0).is_ok()
+        remove(&FLOWS, ANSWERED, key);
+        put(&NEW_FLOWS, UNANSWERED, key, flow)
     }
 
     #[inline(always)]
     fn claim_flow(&mut self, key: &FlowKey, flow: &Flow) -> bool {
-        NEW_FLOWS.insert(key, flow, u64::from(BPF_NOEXIST)).is_ok()
+        make(&NEW_FLOWS, UNANSWERED, key, flow)
     }
 
     #[inline(always)]
     fn confirm_flow(&mut self, key: &FlowKey, flow: &Flow) {
-        if FLOWS.insert(key, flow, 0).is_ok() {
-            let _ = NEW_FLOWS.remove(key);
+        if put(&FLOWS, ANSWERED, key, flow) {
+            remove(&NEW_FLOWS, UNANSWERED, key);
         }
     }
 
     #[inline(always)]
     fn remove_flow(&mut self, key: &FlowKey) {
-        let _ = FLOWS.remove(key);
-        let _ = NEW_FLOWS.remove(key);
+        remove(&FLOWS, ANSWERED, key);
+        remove(&NEW_FLOWS, UNANSWERED, key);
     }
 
     #[inline(always)]
@@ -218,7 +252,7 @@ impl State for Maps {
 
     #[inline(always)]
     fn leaves_mid_flow(&self) -> bool {
-        SETTINGS.get(0).is_some_and(|settings| settings.flags & settings_flags::LEAVE_MID_FLOW != 0)
+        SETTINGS.get(0).is_some_and(|settings| settings.leaves_mid_flow(self.now()))
     }
 
     #[inline(always)]

@@ -119,6 +119,9 @@ struct Agent {
     failed: Option<String>,
     attach_failed: Option<String>,
     sockets_failed: Option<String>,
+    ports_failed: Option<String>,
+    /// Where nothing was attached at the start: until when older connections may exist.
+    leaves_mid_flow: Option<u32>,
     astray_failed: Option<String>,
     alarm: TokioInstant,
     /// When to look for sockets that the last changes have led astray.
@@ -138,6 +141,7 @@ impl Agent {
         let memory = kernel.memory().context("reading what is pinned")?;
         let adopted = memory.frontends.len();
         let image = Image::restore(memory, 0);
+        let leaves_mid_flow = kernel.is_detached()?.then(kernel::older_connections_until);
         info!(
             node = options.node,
             bpffs = %options.kernel.bpffs.display(),
@@ -164,6 +168,8 @@ impl Agent {
             failed: None,
             attach_failed: None,
             sockets_failed: None,
+            ports_failed: None,
+            leaves_mid_flow,
             astray_failed: None,
             alarm: TokioInstant::now() + EXPIRY_INTERVAL,
             look: None,
@@ -203,6 +209,14 @@ impl Agent {
         let writes = self.pipeline.sweep(now);
         self.write(&writes);
         self.attach_sockets();
+        if let Err(error) = self.kernel.reserve_ports() {
+            let text = format!(
+                "{error:#}: the node's processes may take the ports that masquerading takes (--masquerade-ports); put them into \
+                 net.ipv4.ip_local_reserved_ports by other means"
+            );
+            warn!("{text}");
+            self.ports_failed = Some(text);
+        }
         self.report.ready = self.failed.is_none();
         // The first list takes much more than what stays of it, and never comes again.
         kernel::release_memory();
@@ -216,7 +230,7 @@ impl Agent {
             milliseconds = self.milliseconds(),
             "ready"
         );
-        Ok(())
+        remove_kube_proxy()
     }
 
     fn attach_sockets(&mut self) {
@@ -299,7 +313,10 @@ impl Agent {
         }
         let begin = Instant::now();
         let now = self.now();
-        let mut writes = self.pipeline.compile(now);
+        // First, or an agent that dies meanwhile would leave frontends to packets of older connections.
+        let until = self.leaves_mid_flow;
+        let mut writes = until.map(|until| self.pipeline.image_mut().leave_mid_flow(until)).unwrap_or_default();
+        writes.extend(self.pipeline.compile(now));
         // The node's primary addresses, which rows of devices depend on, are known only now.
         let primary = &self.pipeline.view().primary;
         if self.rows_of.as_ref() != Some(primary) {
@@ -455,9 +472,11 @@ impl Agent {
         report.problems.extend(self.failed.iter().map(|text| format!("tables: {text}")));
         report.problems.extend(self.attach_failed.iter().map(|text| format!("devices: {text}")));
         report.problems.extend(self.sockets_failed.iter().map(|text| format!("sockets: {text}")));
+        report.problems.extend(self.ports_failed.iter().map(|text| format!("ports: {text}")));
         report.problems.extend(self.astray_failed.iter().map(|text| format!("connected sockets: {text}")));
         report.problems.extend(self.serve.troubles().iter().map(ToString::to_string));
         report.problems.extend(self.shadowed());
+        report.problems.extend(self.kernel.colliding_node_ports(self.pipeline.image().memory()));
         report.problems.extend(self.kernel.problems(&self.snapshot));
         let statistics = self.kernel.statistics();
         report.bpf_calls = statistics.calls;
@@ -500,4 +519,16 @@ fn families(writes: &[crate::image::Write]) -> Vec<Family> {
     let (v4, v6) =
         writes.iter().map(crate::image::Write::families).fold((false, false), |(v4, v6), one| (v4 | one.0, v6 | one.1));
     [(v4, Family::V4), (v6, Family::V6)].into_iter().filter(|(any, _)| *any).map(|(_, family)| family).collect()
+}
+
+/// What kube-proxy left would translate before us, or after. It goes as soon as ours is effective, and nobody waits for it:
+/// with many Services iptables takes seconds.
+fn remove_kube_proxy() -> Result<()> {
+    let work = || match kernel::kube_proxy::remove() {
+        Ok(removed) if removed.is_empty() => {}
+        Ok(removed) => info!(removed = removed.join(", "), "kube-proxy's rules are removed"),
+        Err(error) => warn!(error = format!("{error:#}"), "connections may be translated twice"),
+    };
+    std::thread::Builder::new().name("kube-proxy".to_owned()).spawn(work).context("starting a thread")?;
+    Ok(())
 }

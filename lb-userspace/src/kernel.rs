@@ -6,11 +6,14 @@
 pub mod cleanup;
 pub mod devices;
 pub mod folder;
+pub mod kube_proxy;
 pub mod links;
 mod netlink;
 pub mod object;
+mod older;
 pub mod pinned;
 pub mod preflight;
+mod reserved;
 pub mod sockets;
 mod sys;
 pub mod tables;
@@ -18,10 +21,12 @@ pub mod tables;
 use std::{collections::BTreeSet, fs, os::fd::AsFd as _, path::PathBuf};
 
 use anyhow::{Context as _, Result, bail};
-use lb_common::{layout::bit_index, memory::Memory};
+use lb_common::{
+    layout::{bit_index, frontend_flags},
+    memory::Memory,
+};
 use tracing::{info, warn};
 
-pub use self::sys::release_memory;
 use self::{
     devices::Snapshot,
     folder::{Cgroup, Folder},
@@ -31,7 +36,10 @@ use self::{
 };
 use crate::{image::Write, plan::Expected};
 
-pub use self::sys::end_with_the_reader;
+pub use self::{
+    older::{older_connections_until, programs_now},
+    sys::{end_with_the_reader, release_memory},
+};
 
 /// How programs are attached to devices (`--attach`).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -406,6 +414,44 @@ impl Kernel {
     /// Whether programs run everywhere that the last calls asked for. Growing tables may lose an attachment.
     pub fn is_attached(&self) -> bool {
         self.sockets && self.ports.len() == self.wanted_ports
+    }
+
+    /// Whether nothing of ours is attached anywhere: what connections there are, they are not ours.
+    pub fn is_detached(&self) -> Result<bool> {
+        Ok(self.links.devices()?.is_empty() && !self.links.has_sockets()?)
+    }
+
+    /// Keeps the ports that masquerading takes from the host's own choice.
+    pub fn reserve_ports(&self) -> Result<()> {
+        reserved::reserve(&self.folder.reserved(), self.options.masquerade_first, self.options.masquerade_ports)
+    }
+
+    /// NodePorts that are among the ports that masquerading takes: answers to masqueraded connections could be taken for requests.
+    pub fn colliding_node_ports(&self, memory: &Memory) -> Vec<String> {
+        let Options { masquerade_first: first, masquerade_ports: ports, .. } = self.options;
+        let own = |port: u16| u32::from(port).wrapping_sub(first) < ports;
+        let node_ports =
+            memory.frontends.iter().filter(|(_, frontend)| frontend.flags & frontend_flags::NODE_PORT != 0);
+        // Both families have the same.
+        let colliding: BTreeSet<(u16, u32)> = node_ports
+            .filter(|(key, _)| own(key.port.number()))
+            .map(|(key, frontend)| (key.port.number(), frontend.service))
+            .collect();
+        let name = |service| {
+            let name = memory.services.get(&service).map(|name| String::from_utf8_lossy(name).into_owned());
+            name.unwrap_or_default().trim_end_matches('\0').to_owned()
+        };
+        colliding
+            .into_iter()
+            .map(|(port, service)| {
+                format!(
+                    "{}: NodePort {port} is among the masquerade ports {first}-{}: give the Service another, or the agent \
+                     another range (--masquerade-ports)",
+                    name(service),
+                    first + ports - 1
+                )
+            })
+            .collect()
     }
 
     /// What keeps clients from being served, though everything is as the operator said.

@@ -8,10 +8,10 @@ use std::thread;
 use std::time::Duration;
 
 use tests::bpf::PinnedMap;
-use tests::cluster::{Cluster, TARGET};
+use tests::cluster::{Cluster, TARGET, cluster_ips};
 use tests::manifest::{PodObject, Service, SliceEndpoint, endpoint_slice};
 use tests::traffic::client::ask_datagram;
-use tests::{Client, Server, Topology};
+use tests::{Client, Protocol, Server, Topology};
 
 const SERVICES: u16 = 40;
 
@@ -170,7 +170,7 @@ fn a_service_that_goes_takes_no_other_with_it() {
     }
     for to in frontends(0) {
         client
-            .ask_until(tests::Protocol::Udp, to, Duration::from_secs(3), |answer| {
+            .ask_until(Protocol::Udp, to, Duration::from_secs(3), |answer| {
                 answer.as_ref().is_ok_and(|answer| answer.by == "p1-2")
             })
             .unwrap();
@@ -180,4 +180,28 @@ fn a_service_that_goes_takes_no_other_with_it() {
         assert_eq!(ask_datagram(socket, to).unwrap().by, "p1-2", "{to}: the socket that was there before");
     }
     ask_all(1);
+}
+
+#[test]
+fn what_a_full_table_evicts_is_counted() {
+    let cluster = Cluster::web(Topology::default(), &["--flows", "1024"]);
+    let to = cluster_ips(10)[0];
+    let client = cluster.lab.client(cluster.lab.pod(1, 1));
+    let map = |name: &str| {
+        let status = cluster.agents[0].cli_json(&["status"]);
+        let found = status["maps"].as_array().unwrap().iter().find(|map| map["name"] == name).cloned().unwrap();
+        (found["used"].as_u64().unwrap(), found["evicted"].as_u64().unwrap())
+    };
+    for _ in 0..100 {
+        client.ask(Protocol::Udp, to).unwrap();
+    }
+    let (used, evicted) = map("FLOWS");
+    assert!((150..=300).contains(&used) && evicted == 0, "{used} entries, {evicted} evicted");
+    for _ in 0..3000 {
+        client.ask(Protocol::Udp, to).unwrap();
+    }
+    // Two entries each, or three where the pod reaches itself; some ports come again.
+    let (used, evicted) = map("FLOWS");
+    assert!(used <= 2048 && (5000..=7800).contains(&(used + evicted)), "{used} entries, {evicted} evicted");
+    assert_eq!(map("NEW_FLOWS").1, 0, "each was answered before the next came");
 }

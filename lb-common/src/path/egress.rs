@@ -77,10 +77,14 @@ fn transport<P: Packet, S: State>(
     {
         return action;
     }
-    if state.may_be_endpoint(&headers.dst, headers.dport)
-        && let Some(action) = request(packet, hook, headers, flow, state)
-    {
-        return action;
+    if state.may_be_endpoint(&headers.dst, headers.dport) {
+        if let Some(action) = request(packet, hook, headers, flow, state) {
+            return action;
+        }
+        let (first, ports) = state.masquerade_ports();
+        if !hook.translated && headers.sport.number().wrapping_sub(first) < ports {
+            note_in_use(headers, flow, state);
+        }
     }
     if headers.proto == protocol::UDP && state.may_be_frontend(&headers.src.unspecified(), headers.sport) {
         note_foreign(headers, flow, state);
@@ -244,6 +248,27 @@ fn holder<S: State>(flow: &Flow, port: Port, proto: u8, state: &mut S) -> Holder
         return Holder::Nobody;
     }
     if proto == protocol::TCP && holder.is_closed() { Holder::Closed } else { Holder::Live }
+}
+
+/// A packet to an endpoint that leaves from a port of ours and is none of ours: of a process that asked for this port, or
+/// masqueraded by netfilter, which respects no reservation. No connection of ours may take the same port to the same endpoint.
+#[inline(never)]
+fn note_in_use<S: State>(headers: &Headers, flow: &mut Flow, state: &mut S) {
+    if state.node_address(&headers.src) & node_flags::LOCAL == 0 {
+        return;
+    }
+    let key = FlowKey::new(Kind::Masqueraded, headers.src, headers.sport, headers.dst, headers.dport, headers.proto);
+    let now = state.now();
+    if let Some(known) = state.flow(&key) {
+        if known.flags & flow_flags::FOREIGN != 0 {
+            known.seen = now;
+            known.note(headers.tcp, state::CLIENT_FIN);
+        }
+        return;
+    }
+    // Who answers is not seen before the tuple is wanted: it counts as established until a side ends it.
+    *flow = Flow { flags: flow_flags::FOREIGN, state: state::REPLIED, seen: now, ..Flow::NONE };
+    state.insert_flow(&key, flow);
 }
 
 /// A packet of the node itself from a port that is also a NodePort: the answer will not be a request.

@@ -4,13 +4,14 @@
 use super::{
     Action, At, Hook, Scratch, care, close, complete_fragment, confirm,
     glance::may_enter,
+    is_mid_flow,
     open::{establish, open},
     wants_care,
 };
 use crate::{
     addr::Port,
     decide::{Class, Question, classify},
-    flow::{Flow, FlowKey, Kind, state, tcp_flags},
+    flow::{Flow, FlowKey, Kind, flow_flags, state, tcp_flags},
     icmp,
     layout::{FrontendKey, protocol},
     packet::Packet,
@@ -67,7 +68,11 @@ fn transport<P: Packet, S: State>(
             _ => return action,
         }
     } else if state.in_service_cidr(&headers.dst) {
-        return Action::Drop(Reason::Unallocated);
+        return if is_mid_flow(headers) && state.leaves_mid_flow() {
+            Action::Next(Reason::MidFlowForeign)
+        } else {
+            Action::Drop(Reason::Unallocated)
+        };
     }
     let (first, ports) = state.masquerade_ports();
     if headers.dport.number().wrapping_sub(first) < ports
@@ -145,6 +150,11 @@ fn masquerade_reply<P: Packet, S: State>(
     let key = FlowKey::new(Kind::Masqueraded, headers.dst, headers.dport, headers.src, headers.sport, headers.proto);
     let now = state.now();
     let flow = state.flow(&key)?;
+    if flow.flags & flow_flags::FOREIGN != 0 {
+        flow.seen = now;
+        flow.note(headers.tcp, state::ENDPOINT_FIN);
+        return None;
+    }
     if flow.state & state::CLOSING != 0 && headers.tcp & tcp_flags::SYN != 0 {
         return None;
     }

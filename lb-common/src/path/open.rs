@@ -1,10 +1,10 @@
 //! The first packet of a connection.
 
-use super::{Action, Hook};
+use super::{Action, Hook, is_mid_flow};
 use crate::{
     addr::{Addr, Port},
     decide::{Choice, Decision, Question, decide},
-    flow::{Flow, FlowKey, Kind, flow_flags, state, tcp_flags},
+    flow::{Flow, FlowKey, Kind, flow_flags, state},
     hash,
     layout::{frontend_flags, protocol},
     packet::Packet,
@@ -40,7 +40,7 @@ pub(super) fn open<S: State>(
     let hash = hash::tuple(&headers.src, headers.sport, &headers.dst, headers.dport);
     // From here on the headers are read anew: what was read for the hash would be kept on the stack, which is short.
     let headers = core::hint::black_box(headers);
-    let mid_flow = headers.proto == protocol::TCP && headers.tcp & (tcp_flags::SYN | tcp_flags::ACK) != tcp_flags::SYN;
+    let mid_flow = is_mid_flow(headers);
     let question = core::hint::black_box(question);
     match decide(question, hash, state) {
         Decision::Forward(choice) => {
@@ -53,18 +53,16 @@ pub(super) fn open<S: State>(
             make(flow, headers, &choice, state.now());
             Action::Next(if mid_flow { Reason::MidFlow } else { Reason::NewFlow })
         }
+        // Rules of kube-proxy judge only the first packet of a connection.
+        Decision::Reject(_) | Decision::Drop(_) if mid_flow && state.leaves_mid_flow() => {
+            Action::Next(Reason::MidFlowForeign)
+        }
         // A reset would kill what kube-proxy lets drain.
         Decision::Reject(_) if mid_flow => Action::Drop(Reason::MidFlowNoEndpoints),
         Decision::Reject(reason) => Action::Answer(reason),
         Decision::Drop(reason) => Action::Drop(reason),
         Decision::Pass(reason) => Action::Next(reason),
     }
-}
-
-/// Whether a packet must belong to a connection that already exists.
-#[inline(always)]
-const fn is_mid_flow(headers: &Headers) -> bool {
-    headers.proto == protocol::TCP && headers.tcp & (tcp_flags::SYN | tcp_flags::ACK) != tcp_flags::SYN
 }
 
 /// Whether the packet answers one that the node sent from a port that is also a NodePort.

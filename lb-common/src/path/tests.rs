@@ -363,6 +363,65 @@ fn a_request_that_a_bridge_shows_again_keeps_its_flow() {
 }
 
 #[test]
+fn a_port_by_which_the_node_itself_reaches_the_endpoint_is_not_taken() {
+    for case in [V4, V6] {
+        for segment in [SYN, Segment::Udp] {
+            // The port that this connection takes where nobody has it.
+            let mut machine = case.machine(frontend_flags::MASQUERADE);
+            let (wanted, _) = cross(&mut machine, case.client(), case.service(), segment);
+            let mut machine = case.machine(frontend_flags::MASQUERADE);
+            let mut request = frame(wanted, case.endpoint(), segment);
+            assert_eq!(leave(&mut machine, &mut request), Action::Next(Reason::NotService));
+            let (other, _) = cross(&mut machine, case.client(), case.service(), segment);
+            assert!(other.ip() == wanted.ip() && other != wanted, "{other}");
+            let answer = if matches!(segment, Segment::Udp) { Segment::Udp } else { SYN_ACK };
+            let mut reply = frame(case.endpoint(), wanted, answer);
+            assert_eq!(enter(&mut machine, &mut reply), Action::Next(Reason::NotService), "it goes to the node");
+            assert_eq!(ends(&reply), (case.endpoint(), wanted));
+            assert_eq!(cross(&mut machine, case.endpoint(), other, answer), (case.service(), case.client()));
+            // Both sides end it, and some time later the port may be taken.
+            if matches!(segment, Segment::Tcp(_)) {
+                leave(&mut machine, &mut frame(wanted, case.endpoint(), FIN));
+                enter(&mut machine, &mut frame(case.endpoint(), wanted, FIN));
+            }
+            machine.now += 121;
+            let (again, _) = cross(&mut machine, case.client(), SocketAddr::new(case.service().ip(), 80), segment);
+            assert!(again == wanted || again == other, "{again}");
+        }
+    }
+}
+
+#[test]
+fn while_older_connections_may_exist_the_middle_of_an_unknown_one_is_left_to_the_host() {
+    for case in [V4, V6] {
+        let mut machine = case.machine(0);
+        let refusing = SocketAddr::new(case.service().ip(), 81);
+        add_service(&mut machine, 2, refusing, &[], 0);
+        machine.tables.settings.mid_flow_left_until = 100;
+        let left = Action::Next(Reason::MidFlowForeign);
+        for (now, to, expected) in [
+            (0, case.service(), left),
+            (99, case.service(), left),
+            (100, case.service(), Action::Next(Reason::MidFlow)),
+            (0, refusing, left),
+            (100, refusing, Action::Drop(Reason::MidFlowNoEndpoints)),
+        ] {
+            machine.now = now;
+            let mut machine = machine.clone();
+            let mut middle = frame(case.client(), to, ACK);
+            assert_eq!(enter(&mut machine, &mut middle), expected, "{to} at {now}");
+            if expected == left {
+                assert_eq!(ends(&middle), (case.client(), to));
+                assert!(machine.flows.is_empty());
+            }
+        }
+        machine.now = 0;
+        assert_eq!(cross(&mut machine, case.client(), case.service(), SYN), (case.client(), case.endpoint()));
+        assert_eq!(cross(&mut machine, case.client(), case.service(), ACK), (case.client(), case.endpoint()));
+    }
+}
+
+#[test]
 fn an_evicted_entry_is_restored_by_the_other_one() {
     for kind in [Kind::Request, Kind::Forwarded] {
         let mut machine = V4.machine(0);

@@ -6,7 +6,6 @@ use lb_common::{
     flow::{Flow, Kind, flow_flags, state},
     layout::protocol,
 };
-use rustix::time::{ClockId, clock_gettime};
 use serde::Serialize;
 
 use super::{
@@ -46,7 +45,7 @@ struct Row {
 pub fn run(args: &FlowsArgs) -> Result<()> {
     let pinned = args.folder.open()?;
     let memory = pinned.memory()?;
-    let now = now();
+    let now = crate::kernel::programs_now();
     let mut rows = Vec::new();
     pinned.flows(|key, flow| {
         if key.kind != Kind::Request as u8 || flow.is_idle(key.proto, now) {
@@ -69,14 +68,6 @@ pub fn run(args: &FlowsArgs) -> Result<()> {
         Output::Table => print(&rows),
     }
     Ok(())
-}
-
-/// The programs' clock: `bpf_ktime_get_coarse_ns` is CLOCK_MONOTONIC, and they count units of 2^30 ns.
-fn now() -> u32 {
-    let time = clock_gettime(ClockId::Monotonic);
-    let nanoseconds =
-        u64::try_from(time.tv_sec).unwrap_or(0) * 1_000_000_000 + u64::try_from(time.tv_nsec).unwrap_or(0);
-    (nanoseconds >> 30) as u32
 }
 
 fn row(flow: &Flow, proto: u8, service: ServicePort, now: u32) -> Row {

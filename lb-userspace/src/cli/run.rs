@@ -1,5 +1,7 @@
 //! `fairlead run`: the agent.
 
+mod follow;
+
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, bail};
@@ -7,6 +9,7 @@ use clap::{ArgAction, Args, ValueEnum};
 use tracing::{info, warn};
 use tracing_subscriber::EnvFilter;
 
+use self::follow::{Follow, begin_anew};
 use super::{pins::Folder, print_version};
 use crate::{
     agent,
@@ -152,6 +155,7 @@ pub fn run(args: RunArgs, gone: &[String]) -> Result<()> {
         bail!("`{text}` is no option; `fairlead help` lists the subcommands, `fairlead run --help` the options");
     }
     let (config, warnings) = args.read_config()?;
+    let file = args.config.clone().map(|path| (path, config.clone()));
     log(&args, &config)?;
     for name in gone {
         warn!("--{name} has no effect any more; leave it out");
@@ -164,8 +168,34 @@ pub fn run(args: RunArgs, gone: &[String]) -> Result<()> {
         info!(file = %path.display(), "the configuration is written");
         return Ok(());
     }
+    if args.cleanup {
+        return cleanup(&args.folder);
+    }
+    if args.init_only {
+        info!("what needs all privileges is done");
+        return Ok(());
+    }
+    let flags = args.flags.clone();
+    let options = args.options(config)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    runtime.block_on(agent::run(args.options(config)?))
+    let anew = runtime.block_on(async {
+        let Some((path, config)) = file else { return agent::run(options).await.map(|()| false) };
+        let mut follow = Follow::begin(&path, config)?;
+        tokio::select! {
+            result = agent::run(options) => result.map(|()| false),
+            () = follow.changed(&flags) => Ok(true),
+        }
+    })?;
+    if anew { begin_anew() } else { Ok(()) }
+}
+
+/// Removes ours and kube-proxy's; what is left of one doesn't keep the other.
+fn cleanup(folder: &Folder) -> Result<()> {
+    let ours = kernel::cleanup::cleanup(&folder.bpffs);
+    for removed in kernel::kube_proxy::remove()? {
+        info!("removed: {removed}");
+    }
+    ours
 }
 
 impl RunArgs {

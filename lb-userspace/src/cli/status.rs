@@ -64,6 +64,9 @@ struct Map {
     name: &'static str,
     used: u64,
     room: u32,
+    /// Entries that had to make room for others, estimated.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    evicted: Option<u64>,
 }
 
 /// Prints the status.
@@ -144,10 +147,16 @@ impl Status {
             table::print(&rows);
         }
         println!("\nMaps");
-        let mut maps = table::new(&["map", "used", "room", ""]);
+        let mut maps = table::new(&["map", "used", "room", "", "evicted"]);
         for map in &self.maps {
             let share = map.used as f64 * 100.0 / f64::from(map.room.max(1));
-            maps.add_row([map.name.to_owned(), map.used.to_string(), map.room.to_string(), format!("{share:.1} %")]);
+            maps.add_row([
+                map.name.to_owned(),
+                map.used.to_string(),
+                map.room.to_string(),
+                format!("{share:.1} %"),
+                map.evicted.map_or_else(String::new, |evicted| evicted.to_string()),
+            ]);
         }
         table::print(&maps);
         println!("\nPackets");
@@ -169,10 +178,12 @@ fn maps(fill: Vec<Fill>, memory: &Memory) -> Vec<Map> {
     let used = |fill: &Fill| match fill.name {
         "SLOTS" => Some(memory.slots.len() as u64),
         "ENDPOINTS" => Some(memory.endpoints.values().filter(|endpoint| endpoint.flags != 0).count() as u64),
-        "SETTINGS" | "FRONTEND_BITS" | "ENDPOINT_BITS" | "COUNTERS" | "SOCKETS" => None,
+        "SETTINGS" | "FRONTEND_BITS" | "ENDPOINT_BITS" | "COUNTERS" | "ENTRIES" | "SOCKETS" => None,
         _ => Some(fill.used),
     };
-    fill.iter().filter_map(|fill| Some(Map { name: fill.name, used: used(fill)?, room: fill.room })).collect()
+    fill.iter()
+        .filter_map(|fill| Some(Map { name: fill.name, used: used(fill)?, room: fill.room, evicted: fill.evicted }))
+        .collect()
 }
 
 impl Program {

@@ -62,9 +62,9 @@ impl Image {
         self.put_all(new.chain(changed).chain(gone).collect::<Vec<_>>())
     }
 
-    /// Bits of [`lb_common::layout::settings_flags`].
-    pub fn set_flags(&mut self, flags: u32) -> Vec<Write> {
-        let settings = Settings { flags, ..self.memory.settings };
+    /// Until when, on the programs' clock, the middle of unknown TCP connections is left to the host.
+    pub fn leave_mid_flow(&mut self, until: u32) -> Vec<Write> {
+        let settings = Settings { mid_flow_left_until: until, ..self.memory.settings };
         self.put_all((settings != self.memory.settings).then_some(Write::Settings(settings)))
     }
 
@@ -109,7 +109,7 @@ fn cover(nets: &[IpNet], v4: bool) -> Cover {
 
 #[cfg(test)]
 mod tests {
-    use lb_common::{layout::settings_flags, tables::Tables};
+    use lb_common::tables::Tables;
 
     use super::*;
 
@@ -156,8 +156,8 @@ mod tests {
         assert_eq!(image.set_local_cidrs(&nets(&["10.0.0.0/9"])).len(), 2);
         assert_eq!(image.set_service_cidrs(&nets(&["10.0.0.0/9"])).len(), 2);
         assert_eq!(image.set_service_cidrs(&nets(&["10.0.0.0/9"])), []);
-        assert_eq!(image.set_flags(settings_flags::LEAVE_MID_FLOW).len(), 1);
-        assert_eq!(image.set_flags(settings_flags::LEAVE_MID_FLOW), []);
+        assert_eq!(image.leave_mid_flow(7).len(), 1);
+        assert_eq!(image.leave_mid_flow(7), []);
         let device = Device { bridge: 7, ..Device::default() };
         assert_eq!(image.set_device(3, Some(device)), [Write::Device(3, device)]);
         assert_eq!(image.set_devices(&[(3, device)].into()), []);

@@ -1,6 +1,6 @@
 //! Removing every trace.
 //!
-//! In: the folder of pins. Out: nothing: no link, filter, qdisc of ours, pin, folder or mount of ours is left. Runs only while no
+//! In: the folder of pins. Out: nothing: no link, filter, qdisc of ours, pin, folder or mount of ours is left, and ports that we reserved are free. Runs only while no
 //! agent has the folder.
 
 use std::{fs, path::Path};
@@ -11,6 +11,7 @@ use super::{
     Attach,
     folder::{self, Folder},
     links::Links,
+    reserved,
 };
 
 /// Removes what agents left in this folder and attached by it. Also of other layout versions.
@@ -25,6 +26,7 @@ pub fn cleanup(root: &Path) -> Result<()> {
             links.detach(ifindex)?;
         }
         links.detach_sockets()?;
+        reserved::release(&root.join(&version).join(folder::RESERVED))?;
         let dir = root.join(&version);
         fs::remove_dir_all(&dir).with_context(|| format!("cannot remove {}", dir.display()))?;
     }

@@ -6,6 +6,7 @@
 //! <bpffs>/v<layout>/maps/<generation>/<MAP>   what the agent writes; a larger generation replaces the one before
 //! <bpffs>/v<layout>/flows/<MAP>               flow state, kept for life
 //! <bpffs>/v<layout>/links/<hook>-<ifindex>    links, and empty folders that stand for clsact filters and qdiscs
+//! <bpffs>/v<layout>/reserved/<first>-<last>   empty folders that stand for ports that the agent has reserved
 //! ```
 
 use std::{
@@ -30,6 +31,8 @@ const SYSTEM_BPFFS: &str = "/sys/fs/bpf";
 const PRIVATE_CGROUP: &str = "/run/fairlead/cgroup";
 /// Inode of the root of cgroup v2: kernfs numbers from 1. In a cgroup namespace the root that is seen is another folder.
 const ROOT_CGROUP_INODE: u64 = 1;
+/// Name of the folder that says which ports were reserved.
+pub const RESERVED: &str = "reserved";
 /// Source of the mounts that the agent makes: how `cleanup` knows them.
 const MOUNT_SOURCE: &str = "fairlead";
 
@@ -92,6 +95,11 @@ impl Folder {
     /// Where links are.
     pub fn links(&self) -> PathBuf {
         self.version().join("links")
+    }
+
+    /// Where the ports are that were added to the host's reserved ones.
+    pub fn reserved(&self) -> PathBuf {
+        self.version().join(RESERVED)
     }
 
     /// Complete generations, the oldest first. More than one: an agent died while tables grew.

@@ -132,13 +132,14 @@ impl Table {
 }
 
 /// Flow state: maps that programs write, which keep their size and their content for life.
-pub const FLOW_MAPS: [&str; 5] = ["FLOWS", "NEW_FLOWS", "FRAGMENTS", "COUNTERS", "SOCKETS"];
+pub const FLOW_MAPS: [&str; 6] = ["FLOWS", "NEW_FLOWS", "ENTRIES", "FRAGMENTS", "COUNTERS", "SOCKETS"];
 
 const fn flow_shape(name: &str, flows: u32) -> MapShape {
     let lru = map_type::LRU_HASH;
     match name.as_bytes() {
         b"FLOWS" => shape::<FlowKey, Flow>(lru, 2 * flows),
         b"NEW_FLOWS" => shape::<FlowKey, Flow>(lru, flows / 2),
+        b"ENTRIES" => shape::<u32, u64>(map_type::PERCPU_ARRAY, 2),
         b"FRAGMENTS" => shape::<FragmentKey, FragmentPorts>(lru, 4096),
         b"COUNTERS" => shape::<u32, u64>(map_type::PERCPU_ARRAY, REASONS as u32),
         _ => shape::<u32, Pairs>(map_type::SK_STORAGE, 0),

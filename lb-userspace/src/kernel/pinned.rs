@@ -37,6 +37,8 @@ pub struct Fill {
     pub used: u64,
     /// Entries it has room for.
     pub room: u32,
+    /// Entries that had to make room for others since it was made, where the map does that and it is known.
+    pub evicted: Option<u64>,
 }
 
 impl Pinned {
@@ -62,13 +64,16 @@ impl Pinned {
 
     /// The counters, by [`lb_common::reason::Reason`], summed over the CPUs.
     pub fn counters(&self) -> Result<Vec<u64>> {
-        let mut counters = Vec::new();
-        self.flow_map("COUNTERS")?
-            .read(|_, values| {
-                counters.push(values.chunks_exact(8).fold(0, |sum: u64, value| sum.wrapping_add(value_of(value))));
-            })
-            .context("cannot read map COUNTERS")?;
-        Ok(counters)
+        self.sums("COUNTERS")
+    }
+
+    /// The elements of an array, summed over the CPUs.
+    fn sums(&self, name: &str) -> Result<Vec<u64>> {
+        let mut sums = Vec::new();
+        let sum = |values: &[u8]| values.chunks_exact(8).fold(0, |sum: u64, value| sum.wrapping_add(value_of(value)));
+        let map = self.flow_map(name)?;
+        map.read(|_, values| sums.push(sum(values))).with_context(|| format!("cannot read map {name}"))?;
+        Ok(sums)
     }
 
     /// What is attached.
@@ -79,10 +84,18 @@ impl Pinned {
     /// How full each map is.
     pub fn fill(&self) -> Result<Vec<Fill>> {
         let mut fill = self.store.fill()?;
+        let made = self.sums("ENTRIES")?;
         for name in FLOW_MAPS {
+            let made = match name {
+                "FLOWS" => made.first(),
+                "NEW_FLOWS" => made.get(1),
+                _ => None,
+            };
             let map = self.flow_map(name)?;
             let used = if matches!(name, "FLOWS" | "NEW_FLOWS" | "FRAGMENTS") { count(&map)? } else { 0 };
-            fill.push(Fill { name, id: map.shape().id, used, room: map.shape().max_entries });
+            // Programs make and remove entries meanwhile: a difference below 0 is none.
+            let evicted = made.map(|made| made.wrapping_sub(used).cast_signed().max(0).cast_unsigned());
+            fill.push(Fill { name, id: map.shape().id, used, room: map.shape().max_entries, evicted });
         }
         Ok(fill)
     }

@@ -113,7 +113,7 @@ impl Store {
                 map_type::ARRAY => u64::from(shape.max_entries),
                 _ => pinned::count(map)?,
             };
-            Ok(Fill { name: table.name(), id: shape.id, used, room: shape.max_entries })
+            Ok(Fill { name: table.name(), id: shape.id, used, room: shape.max_entries, evicted: None })
         };
         self.maps.iter().map(fill).collect()
     }

@@ -4,6 +4,7 @@ mod adoption;
 mod attaching;
 mod content;
 mod following;
+mod kube_proxy;
 
 use std::{
     fs,

@@ -1,11 +1,11 @@
 //! The cases of `data/flows.json`.
 
-use std::{net::IpAddr, path::Path};
+use std::{collections::BTreeMap, net::IpAddr, path::Path};
 
 use serde::Deserialize;
 use serde_json::Value;
 
-#[derive(Debug, Deserialize)]
+#[derive(Clone, Debug, Deserialize)]
 pub struct Case {
     pub id: String,
     pub applies_to: Vec<String>,
@@ -18,7 +18,7 @@ pub struct Case {
     pub state: Value,
 }
 
-#[derive(Debug, Deserialize)]
+#[derive(Clone, Debug, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Node {
     pub name: String,
@@ -34,14 +34,14 @@ pub struct Node {
     pub localhost_node_ports: bool,
 }
 
-#[derive(Debug, Deserialize)]
+#[derive(Clone, Debug, Deserialize)]
 #[serde(tag = "mode")]
 pub enum Detector {
     ClusterCIDR { cidrs: Vec<String> },
     InterfaceNamePrefix { interface: String },
 }
 
-#[derive(Debug, Deserialize)]
+#[derive(Clone, Debug, Deserialize)]
 pub struct Flow {
     pub name: String,
     pub from: IpAddr,
@@ -84,6 +84,11 @@ impl Flow {
 }
 
 impl Case {
+    /// Whether the node itself sends a packet.
+    pub fn is_from_node(&self, flow: &Flow) -> bool {
+        flow.from.is_loopback() || self.node.ips.contains(&flow.from)
+    }
+
     /// What the operator writes under `nodePortAddresses` to get the case's addresses in a mode.
     pub fn node_port_addresses(&self, mode: &str) -> Vec<String> {
         let list: Vec<&str> = self.node.node_port_addresses.iter().map(String::as_str).collect();
@@ -119,8 +124,34 @@ impl Case {
     }
 }
 
+/// How the ids of cases end that have other NodePorts than in the file.
+pub const OTHER_NODE_PORTS: &str = " with other NodePorts";
+
 /// All cases.
 pub fn all() -> Vec<Case> {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/flows.json");
     serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap()
+}
+
+/// The cases that have NodePorts, once more with NodePorts outside 30000–32767: the range is an option of the API server, and no
+/// node knows it.
+pub fn with_other_node_ports() -> Vec<Case> {
+    all().into_iter().filter_map(with_other_node_ports_in).collect()
+}
+
+fn with_other_node_ports_in(mut case: Case) -> Option<Case> {
+    let mut others = BTreeMap::new();
+    let ports = case.objects.iter_mut().chain(&mut case.previous_objects);
+    let ports = ports.filter_map(|object| object["spec"]["ports"].as_array_mut()).flatten();
+    for port in ports {
+        let Some(number) = port["nodePort"].as_u64().filter(|number| *number != 0) else { continue };
+        let next = [3001, 20080, 1, 65535].get(others.len()).copied().unwrap_or(20000 + others.len() as u16);
+        let other = *others.entry(number).or_insert(next);
+        port["nodePort"] = other.into();
+    }
+    for flow in &mut case.flows {
+        flow.port = others.get(&u64::from(flow.port)).copied().unwrap_or(flow.port);
+    }
+    case.id.push_str(OTHER_NODE_PORTS);
+    (!others.is_empty()).then_some(case)
 }

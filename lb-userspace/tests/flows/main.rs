@@ -1,8 +1,12 @@
 //! Every packet of `data/flows.json`: decided in memory, and by the command `fairlead explain`.
 
-#[cfg(test)]
+#![cfg(test)]
+
 mod cases;
-#[cfg(test)]
 mod command;
-#[cfg(test)]
+#[path = "../shared/content.rs"]
+mod content;
 mod memory;
+#[path = "../shared/objects.rs"]
+mod objects;
+mod pipeline;

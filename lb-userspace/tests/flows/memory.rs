@@ -1,88 +1,25 @@
 //! Every packet of `data/flows.json` through model, plan, image and the function that the kernel runs.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    net::SocketAddr,
-};
+use std::{collections::BTreeSet, net::SocketAddr};
 
-use crate::cases::{self, Case, Detector, Expect, Flow};
 use fairlead::{
-    image::{Image, Write},
-    model::{Change, EndpointSlice, Interner, Kind, Object, SliceState},
+    image::{FLOW_LIFE, Write},
+    model::{Change, Kind, ObjectName},
     pipeline::Pipeline,
-    plan::node::{LocalDetector, NodeOptions, ProxyMode},
 };
 use lb_common::{
     addr::Port,
     decide::{Class, Decision, Question, classify, decide, select},
-    layout::{Device, device_flags, protocol},
+    layout::protocol,
     memory::Memory,
 };
-use serde_json::Value;
 
-fn options(case: &Case, mode: &str) -> NodeOptions {
-    NodeOptions {
-        mode: if mode == "iptables" { ProxyMode::Iptables } else { ProxyMode::Nftables },
-        node_port_addresses: case.node_port_addresses(mode),
-        localhost_node_ports: case.node.localhost_node_ports,
-        detector: match &case.node.local_detector {
-            None => LocalDetector::None,
-            Some(Detector::ClusterCIDR { cidrs }) => {
-                LocalDetector::ClusterCidr(cidrs.iter().map(|text| text.parse().unwrap()).collect())
-            }
-            Some(Detector::InterfaceNamePrefix { interface }) => LocalDetector::InterfaceNamePrefix(interface.clone()),
-        },
-        masquerade_all: case.node.masquerade_all,
-        ..NodeOptions::default()
-    }
-}
-
-fn object(value: &Value, interner: &mut Interner) -> Object {
-    let of = |value: &Value| serde_json::from_value(value.clone()).unwrap();
-    match value["kind"].as_str().unwrap() {
-        "Service" => Object::Service(Box::new(of(value))),
-        "Node" => Object::Node(Box::new(serde_json::from_value(value.clone()).unwrap())),
-        "ServiceCIDR" => Object::ServiceCidr(serde_json::from_value(value.clone()).unwrap()),
-        "EndpointSlice" => {
-            let slice: EndpointSlice = serde_json::from_value(value.clone()).unwrap();
-            Object::EndpointSlice(SliceState::new(&slice, interner).0)
-        }
-        other => panic!("{other}"),
-    }
-}
-
-fn objects(case: &Case, values: &[Value]) -> Vec<Object> {
-    let mut interner = Interner::default();
-    case.manifests(values).iter().map(|value| object(value, &mut interner)).collect()
-}
-
-/// Ifindex of an interface that a row names.
-fn device(flow: &Flow) -> u32 {
-    match flow.from_interface.as_deref() {
-        None => 0,
-        Some("eth0") => 1,
-        Some(_) => 2,
-    }
-}
-
-fn pipeline(case: &Case, mode: &str) -> Pipeline {
-    let options = options(case, mode);
-    let names = case.flows.iter().filter_map(|flow| Some((device(flow), flow.from_interface.as_deref()?)));
-    let local = |name: &str| if options.detector.takes_interface(name) { device_flags::LOCAL_SOURCES } else { 0 };
-    let devices: BTreeMap<u32, Device> =
-        names.map(|(ifindex, name)| (ifindex, Device { flags: local(name), ..Device::default() })).collect();
-    let mut pipeline = Pipeline::new(&case.node.name, options, Image::default());
-    pipeline.image_mut().set_devices(&devices);
-    pipeline.set_interfaces(case.node.ips.clone());
-    pipeline
-}
-
-fn from_scratch(case: &Case, mode: &str) -> Pipeline {
-    let mut pipeline = pipeline(case, mode);
-    objects(case, &case.objects).into_iter().for_each(|object| _ = pipeline.take(Change::Upsert(object)));
-    pipeline.compile(0);
-    pipeline
-}
+use crate::{
+    cases::{self, Case, Expect, Flow},
+    content::Content,
+    objects,
+    pipeline::{changes_from_previous, device, empty, from_scratch, objects as objects_of},
+};
 
 fn question(case: &Case, flow: &Flow) -> Question {
     Question {
@@ -95,7 +32,7 @@ fn question(case: &Case, flow: &Flow) -> Question {
             "SCTP" => protocol::SCTP,
             other => panic!("{other}"),
         },
-        from_node: flow.from.is_loopback() || case.node.ips.contains(&flow.from),
+        from_node: case.is_from_node(flow),
         device: device(flow),
     }
 }
@@ -134,6 +71,9 @@ fn verdict(memory: &Memory, question: &Question) -> Expect {
 fn every_packet_meets_the_fate_that_kube_proxy_gives_it() {
     let cases = cases::all();
     assert_eq!((cases.len(), cases.iter().map(|case| case.flows.len()).sum::<usize>()), (141, 710));
+    let others = cases::with_other_node_ports();
+    assert!(others.len() > 20, "{}", others.len());
+    let cases: Vec<Case> = cases.into_iter().chain(others).collect();
     for mode in ["iptables", "nftables"] {
         let (mut rows, mut agreeing) = (0, 0);
         for case in cases.iter().filter(|case| case.applies_to.iter().any(|it| it == mode)) {
@@ -148,9 +88,25 @@ fn every_packet_meets_the_fate_that_kube_proxy_gives_it() {
                 }
             }
         }
-        println!("{mode}: {agreeing} of {rows} rows agree");
+        println!("{mode}, in memory: {agreeing} of {rows} rows agree");
         assert_eq!(agreeing, rows);
     }
+}
+
+/// From the objects before to those of the case; every write is done to `kernel` too.
+fn from_previous(case: &Case, mode: &str) -> (Pipeline, Memory) {
+    let mut pipeline = empty(case, mode);
+    let mut kernel = pipeline.image().memory().clone();
+    let before = objects_of(case, &case.previous_objects).into_iter().map(Change::Upsert).collect();
+    for (changes, now) in [(before, 0), (changes_from_previous(case), 1), (Vec::new(), 2 + FLOW_LIFE)] {
+        changes.into_iter().for_each(|change| _ = pipeline.take(change));
+        let mut writes = pipeline.compile(now);
+        // No connection names what is gone: its bits go too, when their time has come.
+        writes.extend(pipeline.image_mut().expire(now, &BTreeSet::new(), &BTreeSet::new()));
+        writes.iter().for_each(|write: &Write| write.apply(&mut kernel));
+        assert_eq!(&kernel, pipeline.image().memory(), "{}", case.id);
+    }
+    (pipeline, kernel)
 }
 
 #[test]
@@ -159,43 +115,60 @@ fn the_way_to_a_state_leaves_no_trace_in_it() {
     let with_past: Vec<&Case> = cases.iter().filter(|case| !case.previous_objects.is_empty()).collect();
     assert_eq!(with_past.len(), 12);
     for case in with_past {
-        let mode = case.applies_to[0].as_str();
-        let mut pipeline = pipeline(case, mode);
-        let mut kernel = pipeline.image().memory().clone();
-        let mut step = |pipeline: &mut Pipeline, changes: Vec<Change>, now| {
-            changes.into_iter().for_each(|change| _ = pipeline.take(change));
-            let writes = pipeline.compile(now);
-            writes.iter().for_each(|write: &Write| write.apply(&mut kernel));
-            assert_eq!(&kernel, pipeline.image().memory(), "{}", case.id);
-        };
-        let key = |object: &Object| (object.kind(), object.name());
-        let (before, after) = (objects(case, &case.previous_objects), objects(case, &case.objects));
-        let keys: BTreeSet<(Kind, _)> = after.iter().map(key).collect();
-        let gone =
-            before.iter().map(key).filter(|key| !keys.contains(key)).map(|(kind, name)| Change::Delete(kind, name));
-        let gone: Vec<Change> = gone.collect();
-        step(&mut pipeline, before.into_iter().map(Change::Upsert).collect(), 0);
-        step(&mut pipeline, gone.into_iter().chain(after.into_iter().map(Change::Upsert)).collect(), 1);
-        let scratch = from_scratch(case, mode);
-        for flow in &case.flows {
-            let question = question(case, flow);
-            let found = [&pipeline, &scratch].map(|pipeline| verdict(pipeline.image().memory(), &question));
-            assert_eq!(found[0], found[1], "{} {}", case.id, flow.name);
+        for mode in &case.applies_to {
+            let (pipeline, kernel) = from_previous(case, mode);
+            let scratch = from_scratch(case, mode);
+            for flow in &case.flows {
+                let question = question(case, flow);
+                let found = [&pipeline, &scratch].map(|pipeline| verdict(pipeline.image().memory(), &question));
+                assert_eq!(found[0], found[1], "{} {}", case.id, flow.name);
+            }
+            // The same to the last byte, but for numbers that depend on the way there by design (see `content`).
+            let fresh = scratch.image().memory();
+            assert_eq!(Content::of(&kernel), Content::of(fresh), "{}", case.id);
+            assert_eq!(kernel.frontend_bits, fresh.frontend_bits, "{}", case.id);
+            assert_eq!(kernel.endpoint_bits, fresh.endpoint_bits, "{}", case.id);
         }
     }
 }
 
+/// Services of the case.
+fn services(case: &Case) -> impl Iterator<Item = ObjectName> {
+    let keys = case.objects.iter().map(objects::key);
+    keys.filter(|(kind, _)| *kind == Kind::Service).map(|(_, name)| name)
+}
+
+#[test]
+fn ready_endpoints_of_this_node_are_counted() {
+    let mut counted = 0;
+    for case in cases::all().iter().filter(|case| case.state["localReadyEndpoints"].is_object()) {
+        for mode in &case.applies_to {
+            let there = [from_scratch(case, mode), from_previous(case, mode).0];
+            for (name, pipeline) in services(case).flat_map(|name| there.iter().map(move |it| (name.clone(), it))) {
+                let found = pipeline.plan(&name).map_or(0, |plan| plan.local_ready);
+                let want = case.state["localReadyEndpoints"][name.to_string()].as_u64().unwrap_or(0);
+                assert_eq!(found as u64, want, "{} {name}", case.id);
+            }
+        }
+        counted += 1;
+    }
+    assert_eq!(counted, 8);
+}
+
 #[test]
 fn health_checks_are_told_how_many_endpoints_are_here() {
-    for case in cases::all() {
-        let pipeline = from_scratch(&case, case.applies_to[0].as_str());
-        for (service, check) in case.state["healthCheckNodePorts"].as_object().into_iter().flatten() {
-            let (namespace, name) = service.split_once('/').unwrap();
-            let plan = pipeline.plan(&fairlead::model::ObjectName::new(namespace, name));
+    let mut counted = 0;
+    for case in cases::all().iter().filter(|case| case.state["healthCheckNodePorts"].is_object()) {
+        let pipeline = from_scratch(case, case.applies_to[0].as_str());
+        for (name, check) in case.state["healthCheckNodePorts"].as_object().into_iter().flatten() {
+            let (namespace, name) = name.split_once('/').unwrap();
+            let plan = pipeline.plan(&ObjectName::new(namespace, name));
             let found = plan.map_or(0, |plan| plan.local_ready);
-            assert_eq!(found as u64, check["localEndpoints"], "{} {service}", case.id);
+            assert_eq!(found as u64, check["localEndpoints"], "{} {name}", case.id);
         }
+        counted += 1;
     }
+    assert_eq!(counted, 15);
 }
 
 #[test]
