@@ -189,8 +189,13 @@ impl Runner {
         let wanted: BTreeSet<&String> = flow.expect.endpoints.iter().collect();
         let mut seen: BTreeMap<String, bool> = BTreeMap::new();
         let mut verdict = "dnat";
+        let sticky = case.objects.iter().any(|object| object["spec"]["sessionAffinity"] == "ClientIP");
         for number in 0..40 * wanted.len().max(1) {
             self.port = self.port.checked_add(1).unwrap_or(1024);
+            // All that a client may be given is what it is given first.
+            if sticky {
+                self.machine.forget_clients();
+            }
             match self.send(case, flow, self.port) {
                 Fate::Forward(endpoint, masqueraded) => {
                     let before = seen.insert(endpoint.to_string(), masqueraded);

@@ -10,12 +10,14 @@ use std::{
     thread,
 };
 
+use aya::maps::{HashMap, Map, MapData};
 use fairlead::{
     image::{GRACE, Image},
-    kernel::{Kernel, Options, SocketLb, devices::watch::Watch},
+    kernel::{Kernel, Options, SocketLb, devices::watch::Watch, folder},
     model::{Change, Object},
     pipeline::Pipeline,
 };
+use lb_common::affinity::{Affinity, AffinityKey};
 use rustix::{
     mount::{UnmountFlags, unmount},
     thread::{UnshareFlags, unshare_unsafe},
@@ -112,6 +114,17 @@ impl Machine {
         writes.extend(pipeline.image_mut().set_devices(&rows));
         self.kernel.apply(&writes).unwrap();
         assert_eq!(self.kernel.statistics().growths, 0, "the programs are those of the first tables");
+    }
+
+    /// No client stays with an endpoint any more.
+    pub fn forget_clients(&self) {
+        let (_, flows, _) = folder::current(self.bpffs()).unwrap();
+        let data = MapData::from_pin(flows.join("AFFINITIES")).unwrap();
+        let mut clients =
+            HashMap::<_, [u8; size_of::<AffinityKey>()], [u8; size_of::<Affinity>()]>::try_from(Map::LruHashMap(data))
+                .unwrap();
+        let keys: Vec<_> = clients.keys().map(Result::unwrap).collect();
+        keys.iter().for_each(|key| clients.remove(key).unwrap());
     }
 
     /// Where things are pinned.
