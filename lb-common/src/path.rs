@@ -30,6 +30,8 @@ pub struct Hook {
     /// Whether an earlier hook says that it has translated the packet on its way through this host: a port of a bridge
     /// hands its packets to the bridge, which is a device too. A hint that others may have lost or forged.
     pub translated: bool,
+    /// Whether the packet entered by no device: a process of the node sends it.
+    pub from_node: bool,
 }
 
 /// Memory to work in, of which the stack of a kernel program (512 bytes) has too little. Nothing in it outlives a packet.

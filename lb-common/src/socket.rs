@@ -73,6 +73,7 @@ pub fn may_be_translated<T: Tables>(ends: &Ends, tables: &T) -> bool {
     tables.may_be_frontend(&ends.addr, ends.port)
         || tables.may_be_frontend(&ends.addr.unspecified(), ends.port)
         || tables.may_be_frontend(&ends.addr, Port::ZERO)
+        || tables.in_service_cidr(&ends.addr)
 }
 
 /// Where a socket sends to instead of a frontend: `ends` become the endpoint where the reason's verdict is

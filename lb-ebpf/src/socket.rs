@@ -169,7 +169,9 @@ fn apply(ctx: &SockAddrContext, family: Family, hash: u32, connects: bool) -> i3
             let _ = unsafe { bpf_set_retval(-ECONNREFUSED) };
             REFUSE
         }
-        // Silence is the packet's fate, not the socket's.
+        // EPERM, as from a packet filter's drop on the way out. connect(2) sends no packet over which a filter could fail: what
+        // follows it is dropped on its way out.
+        Verdict::Drop if !connects => REFUSE,
         Verdict::Pass | Verdict::Drop => ALLOW,
     }
 }

@@ -87,8 +87,8 @@ fn hook(skb: *mut __sk_buff) -> Option<Hook> {
         return None;
     }
     // SAFETY: as above.
-    let translated = unsafe { (*skb).tc_index } == TRANSLATED;
-    Some(Hook { device, link_header: LINK_HEADER.load() as usize, v6, translated })
+    let (translated, from_node) = unsafe { ((*skb).tc_index == TRANSLATED, (*skb).ingress_ifindex == 0) };
+    Some(Hook { device, link_header: LINK_HEADER.load() as usize, v6, translated, from_node })
 }
 
 /// Whether a frame is this host's: by its type, or on a port of a bridge by the bridge's MAC address.

@@ -7,10 +7,11 @@ use std::io::{self, ErrorKind};
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
+use serde_json::json;
 use tests::cluster::{By, Cluster, addressed, clients, refused};
-use tests::manifest::Service;
+use tests::manifest::{PodObject, Service};
 use tests::traffic::socket::ping;
-use tests::{Client, Netns, Protocol, Topology, Wiring};
+use tests::{Client, Netns, Protocol, Server, Topology, Wiring, topology};
 
 const PROTOCOLS: [Protocol; 3] = [Protocol::Tcp, Protocol::Udp, Protocol::UdpUnconnected];
 
@@ -121,4 +122,57 @@ fn a_ping_to_a_cluster_ip_is_answered_by_unreachable() {
             lab.pod(1, 1).netns.run(|| ping(address, Duration::from_secs(1))).unwrap();
         }
     }
+}
+
+#[test]
+fn what_the_policy_drops_does_not_leave_the_node_by_its_own_sockets() {
+    let cidrs = ["10.96.0.0/16", "fd00:10:96::/64"];
+    let cluster = Cluster::new(Topology::default(), &[], |lab| {
+        // All endpoints of the first are on the other node; the second takes nobody of this cluster.
+        let elsewhere = Service::new("elsewhere").selector("app", "p2-1");
+        let local = addressed(elsewhere, 21).spec("internalTrafficPolicy", "Local");
+        lab.manifests().write("elsewhere.json", local);
+        let ranged = addressed(Service::new("ranged").selector("app", "p2-1"), 22);
+        lab.manifests()
+            .write("ranged.json", ranged.spec("loadBalancerSourceRanges", json!(["192.0.2.0/24", "2001:db8::/32"])));
+        let pod = lab.pod(2, 1);
+        lab.manifests().write("pod.json", PodObject::of(pod).label("app", "p2-1"));
+        lab.manifests().write(
+            "cidrs.json",
+            json!({"apiVersion": "networking.k8s.io/v1", "kind": "ServiceCIDR", "metadata": {"name": "kubernetes"},
+                   "spec": {"cidrs": cidrs}}),
+        );
+    });
+    let lab = &cluster.lab;
+    let client = lab.host_client(lab.node(1)).with_timeout(Duration::from_millis(300));
+    let dropped: Vec<SocketAddr> =
+        [By::ClusterIp.addresses(21), By::LoadBalancer.addresses(22), By::ClusterIp.addresses(23)].concat();
+    for to in By::ClusterIp.addresses(22) {
+        client.ask_until(Protocol::Tcp, to, Duration::from_secs(2), |answer| answer.is_ok()).unwrap();
+    }
+    // Whatever leaves the node for these addresses is answered from outside.
+    let servers: Vec<_> = dropped
+        .iter()
+        .map(|to| {
+            let (address, gateway) = match to.ip() {
+                IpAddr::V4(ip) => (format!("{ip}/32"), topology::OUTSIDE_V4.to_string()),
+                IpAddr::V6(ip) => (format!("{ip}/128 nodad"), topology::OUTSIDE_V6.to_string()),
+            };
+            lab.outside.ip(&[format!("address add {address} dev lo")]).unwrap();
+            let route = format!("route add {} via {gateway}", address.trim_end_matches(" nodad"));
+            lab.node(1).netns.ip(&[route]).unwrap();
+            Server::start(&lab.outside, "outside", &[*to]).unwrap()
+        })
+        .collect();
+    for to in dropped {
+        for (protocol, expected) in [
+            (Protocol::Tcp, ErrorKind::TimedOut),
+            (Protocol::Udp, ErrorKind::TimedOut),
+            (Protocol::UdpUnconnected, ErrorKind::PermissionDenied),
+        ] {
+            let answer = client.ask(protocol, to).map_err(|error| error.kind());
+            assert_eq!(answer.as_ref().err(), Some(&expected), "{protocol:?} {to}: {answer:?}");
+        }
+    }
+    assert!(servers.iter().all(|server| server.served() == 0), "a packet left the node");
 }

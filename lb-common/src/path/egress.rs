@@ -3,6 +3,7 @@
 use super::{Action, At, Hook, Scratch, care, close, complete_fragment, confirm, glance::may_leave, wants_care};
 use crate::{
     addr::{Addr, Port},
+    decide::{Class, Question, classify},
     flow::{Flow, FlowKey, Kind, flow_flags, state, tcp_flags},
     hash, icmp,
     layout::{node_flags, protocol},
@@ -22,7 +23,7 @@ pub fn egress<P: Packet, S: State>(packet: &mut P, hook: &Hook, scratch: &mut Sc
     if !may_leave(packet, hook, state) {
         return Action::Next(Reason::NotService);
     }
-    let Scratch { headers, quoted, flow, .. } = scratch;
+    let Scratch { headers, quoted, question, flow } = scratch;
     if parse(packet, hook.link_header, hook.v6, headers).is_none() {
         return Action::Next(Reason::Unreadable);
     }
@@ -33,7 +34,34 @@ pub fn egress<P: Packet, S: State>(packet: &mut P, hook: &Hook, scratch: &mut Sc
     if !matches!(headers.part, Part::Whole) && !complete_fragment(headers, At::Egress, state) {
         return Action::Next(Reason::NotService);
     }
+    if hook.from_node
+        && let Some(reason) = dropped(headers, question, state)
+    {
+        return Action::Drop(reason);
+    }
     transport(packet, hook, headers, flow, state)
+}
+
+/// Why a packet of the node itself that no socket hook has translated must not get out, if so. What else it may be is the
+/// host's.
+#[inline(never)]
+fn dropped<S: State>(headers: &Headers, question: &mut Question, state: &S) -> Option<Reason> {
+    let opens = headers.proto != protocol::TCP || headers.tcp & (tcp_flags::SYN | tcp_flags::ACK) == tcp_flags::SYN;
+    if !opens || !(state.may_be_frontend(&headers.dst, headers.dport) || state.in_service_cidr(&headers.dst)) {
+        return None;
+    }
+    *question = Question {
+        src: headers.src,
+        dst: headers.dst,
+        dport: headers.dport,
+        proto: headers.proto,
+        from_node: true,
+        device: 0,
+    };
+    match classify(core::hint::black_box(question), state) {
+        Class::Drop(reason) => Some(reason),
+        Class::Forward(_) | Class::Reject(_) | Class::Pass(_) => None,
+    }
 }
 
 #[inline(always)]

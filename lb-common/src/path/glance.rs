@@ -78,8 +78,9 @@ pub fn may_enter<P: Packet, S: State>(packet: &P, hook: &Hook, state: &S) -> boo
 /// Whether a packet that leaves may be ours: what [`super::egress`] would answer with "no Service" for sure is false.
 #[inline(never)]
 pub fn may_leave<P: Packet, S: State>(packet: &P, hook: &Hook, state: &S) -> bool {
-    let Some(Ends { src, dst, sport, dport, udp, .. }) = ends(packet, hook) else { return true };
+    let Some(Ends { src, dst, sport, dport, opens, udp }) = ends(packet, hook) else { return true };
     state.may_be_endpoint(&src, sport)
         || state.may_be_endpoint(&dst, dport)
         || udp && state.may_be_frontend(&src.unspecified(), sport)
+        || hook.from_node && opens && (state.may_be_frontend(&dst, dport) || state.in_service_cidr(&dst))
 }

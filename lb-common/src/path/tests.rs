@@ -13,7 +13,8 @@ use crate::{
     addr::{Addr, Port},
     flow::{Kind, tcp_flags},
     layout::{
-        Device, Endpoint, Frontend, FrontendKey, Range, bit_index, endpoint_flags, frontend_flags, node_flags, protocol,
+        Cover, Device, Endpoint, Frontend, FrontendKey, PrefixKey, Range, bit_index, endpoint_flags, frontend_flags,
+        node_flags, protocol,
     },
     memory::Machine,
     packet::Packet as _,
@@ -167,12 +168,12 @@ fn ends(frame: &[u8]) -> (SocketAddr, SocketAddr) {
 }
 
 fn enter(machine: &mut Machine, frame: &mut Vec<u8>) -> Action {
-    let hook = Hook { device: 3, link_header: 14, v6: frame[12] == 0x86, translated: false };
+    let hook = Hook { device: 3, link_header: 14, v6: frame[12] == 0x86, translated: false, from_node: false };
     ingress(frame, &hook, &mut Scratch::NEW.clone(), machine)
 }
 
 fn leave(machine: &mut Machine, frame: &mut Vec<u8>) -> Action {
-    let hook = Hook { device: UPLINK, link_header: 14, v6: frame[12] == 0x86, translated: false };
+    let hook = Hook { device: UPLINK, link_header: 14, v6: frame[12] == 0x86, translated: false, from_node: false };
     egress(frame, &hook, &mut Scratch::NEW.clone(), machine)
 }
 
@@ -356,7 +357,7 @@ fn a_request_that_a_bridge_shows_again_keeps_its_flow() {
         for segment in [SYN, Segment::Udp] {
             let mut packet = frame(V4.client(), V4.service(), segment);
             enter(&mut machine, &mut packet);
-            let hook = Hook { device: 4, link_header: 14, v6: false, translated: true };
+            let hook = Hook { device: 4, link_header: 14, v6: false, translated: true, from_node: false };
             let action = ingress(&mut packet, &hook, &mut Scratch::NEW.clone(), &mut machine);
             assert_eq!(action, Action::Next(Reason::NotService));
             let answer = if matches!(segment, Segment::Udp) { Segment::Udp } else { SYN_ACK };
@@ -553,6 +554,52 @@ fn a_cluster_ip_that_is_the_nodes_own_address_is_left_to_the_host() {
 }
 
 #[test]
+fn what_the_policy_drops_does_not_leave_the_node_by_its_own_processes() {
+    for case in [V4, V6] {
+        let unallocated: SocketAddr = SocketAddr::new(case.client().ip(), 9);
+        for (name, flags, to, expected) in [
+            ("no endpoint here", frontend_flags::INTERNAL_DROP, case.service(), Some(Reason::NoLocalEndpoints)),
+            ("no endpoint", 0, case.service(), None),
+            ("not in the ranges", frontend_flags::SOURCE_RANGES, case.service(), Some(Reason::SourceRange)),
+            ("unallocated", 0, unallocated, Some(Reason::Unallocated)),
+        ] {
+            let mut machine = case.machine(flags);
+            for frontend in machine.tables.frontends.values_mut() {
+                frontend.internal = Range::default();
+            }
+            machine.tables.service_cidrs.insert(PrefixKey {
+                prefix_len: 160,
+                service: 0,
+                addr: unallocated.ip().into(),
+            });
+            let all = Cover::EVERYTHING;
+            (machine.tables.settings.cidrs_v4, machine.tables.settings.cidrs_v6) = (all, all);
+            let from = SocketAddr::new(case.node(), 40_000);
+            for (segment, opens) in [
+                (Segment::Tcp(tcp_flags::SYN), true),
+                (Segment::Udp, true),
+                // A connection that is older than the Service, or than the programs.
+                (Segment::Tcp(tcp_flags::ACK), false),
+                (Segment::Tcp(tcp_flags::SYN | tcp_flags::ACK), false),
+            ] {
+                for from_node in [true, false] {
+                    let mut packet = frame(from, to, segment);
+                    let before = packet.clone();
+                    let v6 = packet[12] == 0x86;
+                    let hook = Hook { device: UPLINK, link_header: 14, v6, translated: false, from_node };
+                    let action = egress(&mut packet, &hook, &mut Scratch::NEW.clone(), &mut machine);
+                    let wanted = match expected.filter(|_| opens && from_node) {
+                        Some(reason) => Action::Drop(reason),
+                        None => Action::Next(Reason::NotService),
+                    };
+                    assert_eq!((action, &packet), (wanted, &before), "{name}, from the node: {from_node}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
 fn refusals_go_back_to_who_asked() {
     let cases = [(SYN, true), (Segment::Udp, true), (ACK, false), (Segment::Tcp(tcp_flags::RST), false)];
     for (case, partial) in [(V4, false), (V6, false), (V4, true), (V6, true)] {
@@ -640,7 +687,7 @@ proptest! {
             *version = if v6 { 0x60 } else { 0x45 };
         }
         let before = packet.clone();
-        let hook = Hook { device: UPLINK, link_header: 14, v6, translated: false };
+        let hook = Hook { device: UPLINK, link_header: 14, v6, translated: false, from_node: false };
         let run = if out { egress::<Vec<u8>, Machine> } else { ingress };
         let action = run(&mut packet, &hook, &mut Scratch::NEW.clone(), &mut machine);
         if action.reason().verdict() == Verdict::Pass {
