@@ -2,7 +2,10 @@
 
 mod follow;
 
-use std::path::{Path, PathBuf};
+use std::{
+    io::{IsTerminal as _, stderr},
+    path::{Path, PathBuf},
+};
 
 use anyhow::{Context as _, Result, bail};
 use clap::{ArgAction, Args, ValueEnum};
@@ -322,7 +325,7 @@ fn log(args: &RunArgs, config: &Config) -> Result<()> {
     // What kube's client has to say, the source says in the words of an operator.
     let filter = EnvFilter::try_new(format!("kube_client=off,kube_runtime=off,{level}"))
         .with_context(|| format!("--log-level {level}"))?;
-    let lines = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let lines = tracing_subscriber::fmt().with_env_filter(filter).with_writer(stderr).with_ansi(stderr().is_terminal());
     let format = if config.fields.logging.format == "json" { LogFormat::Json } else { LogFormat::Text };
     match args.log_format.unwrap_or(format) {
         LogFormat::Text => lines.with_target(false).init(),

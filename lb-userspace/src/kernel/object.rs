@@ -6,11 +6,11 @@
 use std::{
     collections::BTreeMap,
     fs::{self, File},
-    io,
+    io::ErrorKind,
     os::fd::{AsFd as _, OwnedFd},
     path::Path,
     thread::{self, JoinHandle},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result, anyhow, bail};
@@ -328,7 +328,7 @@ impl Programs {
         let program: &mut Iter = program.try_into().with_context(|| format!("program {NAME} is no iterator"))?;
         if program.fd().is_err() {
             let types = Btf::from_sys_fs().context("cannot read the kernel's types (CONFIG_DEBUG_INFO_BTF)")?;
-            program.load("udp", &types).map_err(|error| explain(NAME, error))?;
+            persevere(|| program.load("udp", &types)).map_err(|error| explain(NAME, error))?;
         }
         let link = program.attach().and_then(|id| program.take_link(id)).context("cannot make an iterator")?;
         link.into_file().context("cannot open an iterator")
@@ -482,14 +482,31 @@ fn load(object: &mut Ebpf, name: &str) -> Result<Verified> {
 
 fn load_program(program: &mut Program, name: &str) -> Result<Verified> {
     let start = Instant::now();
-    let result = if CLASSIFIERS.contains(&name) {
-        <&mut SchedClassifier>::try_from(&mut *program).and_then(SchedClassifier::load)
-    } else {
-        <&mut CgroupSockAddr>::try_from(&mut *program).and_then(CgroupSockAddr::load)
-    };
+    let result = persevere(|| {
+        if CLASSIFIERS.contains(&name) {
+            <&mut SchedClassifier>::try_from(&mut *program).and_then(SchedClassifier::load)
+        } else {
+            <&mut CgroupSockAddr>::try_from(&mut *program).and_then(CgroupSockAddr::load)
+        }
+    });
     result.map_err(|error| explain(name, error))?;
     let milliseconds = u64::try_from(start.elapsed().as_millis()).unwrap_or(u64::MAX);
     Ok(Verified { instructions: program.info().ok().and_then(|info| info.verified_instruction_count()), milliseconds })
+}
+
+/// Tries again what a signal interrupted: the verifier gives up with EAGAIN while one is pending (`do_check`).
+fn persevere(mut load: impl FnMut() -> Result<(), ProgramError>) -> Result<(), ProgramError> {
+    const ATTEMPTS: usize = 10;
+    let mut result = load();
+    for _ in 1..ATTEMPTS {
+        match &result {
+            Err(ProgramError::LoadError { io_error, .. }) if io_error.kind() == ErrorKind::WouldBlock => {}
+            Ok(()) | Err(_) => break,
+        }
+        thread::sleep(Duration::from_millis(1));
+        result = load();
+    }
+    result
 }
 
 /// The end of the verifier's log, which names the instruction that it refused.
@@ -529,7 +546,7 @@ pub fn open_flow_map(flows: &Path, name: &str) -> Result<Option<Map>> {
 fn open(path: &Path, wanted: MapShape) -> Result<Option<Map>> {
     let map = match Map::open(path) {
         Ok(map) => map,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(error).with_context(|| format!("cannot open the pinned map {}", path.display())),
     };
     let found = map.shape();
