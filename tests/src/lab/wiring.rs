@@ -14,6 +14,9 @@ pub fn build(lab: &Lab) -> Result<()> {
     let all: Vec<&Netns> = others.chain(pods).collect();
     let lines: Vec<String> = all.iter().map(|netns| format!("netns add {}", netns.name())).collect();
     command::ip_batch(None, &lines)?;
+    for netns in all {
+        settled_from_the_start(netns)?;
+    }
 
     let switch = [
         "link set lo up".to_owned(),
@@ -42,7 +45,6 @@ pub fn cni_counter(netns: &Netns, counter: &str) -> Result<u64> {
 }
 
 fn build_outside(lab: &Lab) -> Result<()> {
-    no_redirects(&lab.outside)?;
     let mut lines = uplink(lab, 200, &format!("{OUTSIDE_V4}/24"), &format!("{OUTSIDE_V6}/64"));
     for node in &lab.nodes {
         lines.extend(routes_to_pods_of(node));
@@ -57,7 +59,6 @@ fn build_outside(lab: &Lab) -> Result<()> {
 }
 
 fn build_node(lab: &Lab, node: &Node) -> Result<()> {
-    no_redirects(&node.netns)?;
     let rp_filter = if lab.topology().cni_rules { "1" } else { "0" };
     node.netns.set_sysctls(&[
         ("net/ipv4/ip_forward", "1"),
@@ -109,7 +110,6 @@ fn routes_to_pods_of(node: &Node) -> [String; 2] {
 fn wire_ptp(node: &Node) -> Result<()> {
     let (gateway4, gateway6) = (topology::gateway_v4(node.number), topology::gateway_v6(node.number));
     for pod in &node.pods {
-        no_redirects(&pod.netns)?;
         pod.netns.ip(&[
             "link set lo up".to_owned(),
             format!("link add eth0 type veth peer name {} netns {}", pod.host_device, node.netns.name()),
@@ -153,7 +153,6 @@ fn wire_bridge(node: &Node, hairpin_mode: bool, netfilter: bool) -> Result<()> {
         "link set cni0 up".to_owned(),
     ])?;
     for pod in &node.pods {
-        no_redirects(&pod.netns)?;
         pod.netns.ip(&[
             "link set lo up".to_owned(),
             format!("link add eth0 type veth peer name {} netns {}", pod.host_device, node.netns.name()),
@@ -193,8 +192,10 @@ fn call_netfilter(netns: &Netns, value: &str) -> Result<()> {
     netns.set_sysctls(&[("net/bridge/bridge-nf-call-iptables", value), ("net/bridge/bridge-nf-call-ip6tables", value)])
 }
 
-/// A redirect learnt before an address worked would hide it for minutes; set before the devices are there, so that they inherit it.
-fn no_redirects(netns: &Netns) -> Result<()> {
+/// Nothing that a namespace does by itself in its first seconds shows in a test: a redirect learnt before an address worked would
+/// hide it for minutes, and a router whose own link-local address is still being probed for duplicates can't ask for its neighbours
+/// (two seconds, RFC 4862 §5.4). Set before the devices are there, so that they inherit it.
+fn settled_from_the_start(netns: &Netns) -> Result<()> {
     netns.set_sysctls(&[
         ("net/ipv4/conf/all/accept_redirects", "0"),
         ("net/ipv4/conf/default/accept_redirects", "0"),
