@@ -60,7 +60,7 @@ impl ControlPlane {
 
     /// Starts it in the lab, with a Node object for each node.
     pub fn build(lab: &Lab) -> Result<Self> {
-        let binary = parts::ensure()?;
+        let binary = parts::ensure(&parts::KUBE)?;
         let folder = lab.folder().join("control-plane");
         fs::create_dir(&folder).with_context(|| format!("creating {}", folder.display()))?;
         keys::make(&folder)?;
