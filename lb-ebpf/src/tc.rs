@@ -49,6 +49,8 @@ pub fn ingress(ctx: TcContext) -> i32 {
         // SAFETY: the context is valid as long as the program runs.
         unsafe { (*skb).tc_index = TRANSLATED };
     }
+    #[cfg(feature = "program-log")]
+    crate::log::packet(&ctx, "in", &hook, action.reason());
     finish(action, &hook)
 }
 
@@ -61,6 +63,8 @@ pub fn egress(ctx: TcContext) -> i32 {
     packet.pull(hook.link_header + if hook.v6 { HEADERS_V6 } else { HEADERS_V4 });
     let Some(scratch) = scratch() else { return TC_ACT_UNSPEC };
     let action = path::egress(&mut packet, &hook, scratch, &mut Maps::of_packet(skb));
+    #[cfg(feature = "program-log")]
+    crate::log::packet(&ctx, "out", &hook, action.reason());
     finish(action, &hook)
 }
 

@@ -8,6 +8,8 @@ pub mod devices;
 pub mod folder;
 pub mod kube_proxy;
 pub mod links;
+#[cfg(feature = "program-log")]
+mod log;
 mod netlink;
 pub mod object;
 mod older;
@@ -85,6 +87,9 @@ pub struct Options {
     pub masquerade_first: u32,
     /// How many ports from there on.
     pub masquerade_ports: u32,
+    /// From which level on the programs log: 0 nothing, 5 every packet.
+    #[cfg(feature = "program-log")]
+    pub program_log: u8,
 }
 
 impl Default for Options {
@@ -98,6 +103,8 @@ impl Default for Options {
             affinities: object::DEFAULT_AFFINITIES,
             masquerade_first: 61_000,
             masquerade_ports: 4_096,
+            #[cfg(feature = "program-log")]
+            program_log: 0,
         }
     }
 }

@@ -89,6 +89,11 @@ pub struct RunArgs {
     /// Which log lines are written: error, warn, info, debug, or a filter of `tracing`; goes before -v
     #[arg(long, value_name = "FILTER", env = "FAIRLEAD_LOG")]
     log_level: Option<String>,
+    /// What the kernel programs log: 0 nothing, 3 refusals and drops, 4 translated packets too, 5 every packet; what --log-level
+    /// leaves out is not written
+    #[cfg(feature = "program-log")]
+    #[arg(long, value_name = "LEVEL", default_value_t = 0, value_parser = clap::value_parser!(u8).range(..=5))]
+    program_log: u8,
     #[command(flatten)]
     flags: Flags,
     #[arg(hide = true)]
@@ -301,6 +306,8 @@ impl RunArgs {
                 flows: self.flows.unwrap_or_else(|| kernel::Options::default().flows),
                 masquerade_first,
                 masquerade_ports,
+                #[cfg(feature = "program-log")]
+                program_log: self.program_log,
             },
         })
     }

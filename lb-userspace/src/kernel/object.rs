@@ -443,9 +443,13 @@ fn relocate(
         .override_global("SOCKET_LB_ALL", &constants.socket_lb_all, true)
         .override_global("IPV6_CHECKSUM_FLAG", &constants.checksum_flag, true)
         .override_global("MASQUERADE_FIRST", &options.masquerade_first, true)
-        .override_global("MASQUERADE_PORTS", &options.masquerade_ports, true)
-        .load(OBJECT)
-        .context("cannot load the BPF object")
+        .override_global("MASQUERADE_PORTS", &options.masquerade_ports, true);
+    #[cfg(feature = "program-log")]
+    loader.override_global(aya_log::LEVEL, &options.program_log, true);
+    let object = loader.load(OBJECT).context("cannot load the BPF object")?;
+    #[cfg(feature = "program-log")]
+    let object = super::log::follow(object)?;
+    Ok(object)
 }
 
 /// The programs of a set: those for sockets are in the one for devices with Ethernet header.
