@@ -7,6 +7,7 @@ use aya_ebpf::{
     programs::TcContext,
 };
 use lb_common::{
+    count,
     packet::Packet as _,
     path::{self, Action, Hook, Scratch},
     reason::{Reason, Verdict},
@@ -49,6 +50,7 @@ pub fn ingress(ctx: TcContext) -> i32 {
         // SAFETY: the context is valid as long as the program runs.
         unsafe { (*skb).tc_index = TRANSLATED };
     }
+    count_packet(action, &hook, scratch, skb);
     finish(action, &hook)
 }
 
@@ -61,7 +63,15 @@ pub fn egress(ctx: TcContext) -> i32 {
     packet.pull(hook.link_header + if hook.v6 { HEADERS_V6 } else { HEADERS_V4 });
     let Some(scratch) = scratch() else { return TC_ACT_UNSPEC };
     let action = path::egress(&mut packet, &hook, scratch, &mut Maps::of_packet(skb));
+    count_packet(action, &hook, scratch, skb);
     finish(action, &hook)
+}
+
+/// Counts the packet for its Service port.
+#[inline(always)]
+fn count_packet(action: Action, hook: &Hook, scratch: &Scratch, skb: *mut __sk_buff) {
+    let bytes = (Skb { skb }).len().wrapping_sub(hook.link_header);
+    count::packet(action.reason(), scratch.flow.service, bytes, &mut Maps::of_packet(skb));
 }
 
 /// This CPU's memory to work in. TC programs of one hook don't interrupt each other.

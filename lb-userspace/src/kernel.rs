@@ -4,6 +4,7 @@
 //! pinned and clears nothing; programs are attached when the caller says so. What a write means is not known here.
 
 pub mod cleanup;
+mod counters;
 pub mod devices;
 pub mod folder;
 pub mod kube_proxy;
@@ -29,6 +30,7 @@ use lb_common::{
 use tracing::{info, warn};
 
 use self::{
+    counters::Counters,
     devices::Snapshot,
     folder::{Cgroup, Folder},
     links::{Attached, Links, Port},
@@ -85,6 +87,8 @@ pub struct Options {
     pub masquerade_first: u32,
     /// How many ports from there on.
     pub masquerade_ports: u32,
+    /// Whether what passes is counted by Service port.
+    pub count_services: bool,
 }
 
 impl Default for Options {
@@ -98,6 +102,7 @@ impl Default for Options {
             affinities: object::DEFAULT_AFFINITIES,
             masquerade_first: 61_000,
             masquerade_ports: 4_096,
+            count_services: true,
         }
     }
 }
@@ -107,6 +112,7 @@ impl Default for Options {
 struct Tables {
     generation: u64,
     store: Store,
+    counters: Counters,
     programs: Programs,
 }
 
@@ -117,7 +123,8 @@ impl Tables {
         make_dir(&dir)?;
         let programs = Programs::load(&dir, &folder.flows(), capacity, constants, options)?;
         finish(folder, 1)?;
-        Ok(Self { generation: 1, store: Store::open(&folder.generation(1), Statistics::default())?, programs })
+        let store = Store::open(&folder.generation(1), Statistics::default())?;
+        Ok(Self { generation: 1, store, counters: Counters::default(), programs })
     }
 
     /// Adopts what is pinned.
@@ -128,7 +135,9 @@ impl Tables {
             object::open_table(&dir, table)?;
         }
         let programs = Programs::load(&dir, &folder.flows(), &Capacity::default(), constants, options)?;
-        Ok(Self { generation, store: Store::open(&dir, Statistics::default())?, programs })
+        let store = Store::open(&dir, Statistics::default())?;
+        let counters = Counters::adopt(&store)?;
+        Ok(Self { generation, store, counters, programs })
     }
 }
 
@@ -199,6 +208,9 @@ impl Kernel {
             info!("an agent ended while tables grew; the next attachment completes it");
         }
         kernel.open_cgroup()?;
+        // An agent that counted nothing may have left fewer counters than there are Services.
+        let services = kernel.memory()?.services;
+        kernel.make_counters(services.last_key_value().map_or(0, |(id, _)| id.saturating_add(1)), &[])?;
         Ok(kernel)
     }
 
@@ -253,9 +265,16 @@ impl Kernel {
     /// Does the writes in order. Tables are made if there are none, and grow where they must.
     pub fn apply(&mut self, writes: &[Write]) -> Result<()> {
         let mut rest = writes;
+        self.tables_for(|| tables::capacity(rest))?;
+        self.make_counters(counters::needed(writes), writes)?;
         loop {
-            match self.tables_for(|| tables::capacity(rest))?.store.apply(rest) {
-                Ok(()) => return Ok(()),
+            let Tables { store, counters, .. } = self.tables_for(|| tables::capacity(rest))?;
+            counters.begin(store, rest)?;
+            match store.apply(rest) {
+                Ok(()) => {
+                    counters.end(writes);
+                    return Ok(());
+                }
                 Err(Stopped::Failed(error)) => return Err(error),
                 Err(Stopped::Full(table, index)) => {
                     rest = rest.get(index..).unwrap_or_default();
@@ -263,6 +282,15 @@ impl Kernel {
                 }
             }
         }
+    }
+
+    /// Makes room for so many counters, if anything is counted.
+    fn make_counters(&mut self, needed: u32, writes: &[Write]) -> Result<()> {
+        let counts = self.options.count_services && self.tables.is_some();
+        if counts && needed > self.room(Table::ServiceCounters) {
+            self.grow(Table::ServiceCounters, writes)?;
+        }
+        Ok(())
     }
 
     /// The tables; made with this capacity if there are none.
@@ -289,6 +317,7 @@ impl Kernel {
         let larger: Vec<Table> = Table::ALL
             .into_iter()
             .filter(|table| *table == full || capacity.needs(*table) > old.room(*table))
+            .filter(|table| options.count_services || *table != Table::ServiceCounters)
             .collect();
         if capacity.entries(full) <= old.room(full) {
             bail!("map {} is full at {} entries and can't grow", full.name(), old.room(full));
@@ -317,6 +346,9 @@ impl Kernel {
             }
         }
         programs.verified()?;
+        if larger.contains(&Table::ServiceCounters) {
+            counters::copy(old, &store)?;
+        }
         finish(folder, next)?;
         ports.retain(|port| match links.attach(&mut programs, port) {
             Ok(()) => true,
@@ -337,7 +369,8 @@ impl Kernel {
             *sockets = false;
         }
         info!(table = full.name(), generation = next, room = store.room(full), "tables have grown");
-        *tables = Tables { generation: next, store, programs };
+        let counters = std::mem::take(&mut tables.counters);
+        *tables = Tables { generation: next, store, counters, programs };
         // Links that this process has not attached yet still run programs of the old maps.
         self.remove_old_generations()?;
         Ok(())

@@ -91,7 +91,8 @@ impl Store {
         Ok(store)
     }
 
-    fn map(&self, table: Table) -> Result<&Map> {
+    /// The map of a table.
+    pub(super) fn map(&self, table: Table) -> Result<&Map> {
         self.maps.get(&table).with_context(|| format!("map {} is not open", table.name()))
     }
 
@@ -110,7 +111,7 @@ impl Store {
         let fill = |(table, map): (&Table, &Map)| {
             let shape = map.shape();
             let used = match shape.map_type {
-                map_type::ARRAY => u64::from(shape.max_entries),
+                map_type::ARRAY | map_type::PERCPU_ARRAY => u64::from(shape.max_entries),
                 _ => pinned::count(map)?,
             };
             Ok(Fill { name: table.name(), id: shape.id, used, room: shape.max_entries, evicted: None })
@@ -322,6 +323,9 @@ pub fn capacity(writes: &[Write]) -> Capacity {
             capacity.needs(table).saturating_add(1)
         };
         capacity.require(table, entries);
+        if let Write::Service(id, _) = write {
+            capacity.require(Table::ServiceCounters, id.saturating_add(1));
+        }
     }
     capacity
 }
@@ -343,5 +347,7 @@ pub fn fill(memory: &Memory, table: Table) -> Vec<Write> {
         Table::Settings => vec![Write::Settings(memory.settings)],
         Table::FrontendBits => memory.frontend_bits.iter().map(|bit| Write::FrontendBit(*bit)).collect(),
         Table::EndpointBits => memory.endpoint_bits.iter().map(|bit| Write::EndpointBit(*bit)).collect(),
+        // What is in them is no memory of the agent's: `counters` copies it.
+        Table::ServiceCounters => Vec::new(),
     }
 }
