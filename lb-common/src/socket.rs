@@ -269,6 +269,7 @@ mod tests {
             );
             assert_eq!(found, ends(endpoint));
         }
+        assert_eq!(machine.service_counters[&1].connections, 3);
     }
 
     #[test]

@@ -23,7 +23,9 @@ use lb_common::{
 };
 
 use self::{bits::Bits, ids::Ids, slots::Slots, sorted::Sorted};
-pub use self::{bits::FLOW_LIFE, ids::GRACE, name::text as service_name, node::prefix_key, write::Write};
+pub use self::{
+    bits::FLOW_LIFE, ids::GRACE, name::decode as port_name, name::text as service_name, node::prefix_key, write::Write,
+};
 use crate::plan::{PortName, PortPlan, Step};
 
 /// What is in the kernel's tables, and who uses what of it.

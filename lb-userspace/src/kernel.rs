@@ -20,7 +20,12 @@ mod sys;
 pub mod sysctls;
 pub mod tables;
 
-use std::{collections::BTreeSet, fs, os::fd::AsFd as _, path::PathBuf};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs,
+    os::fd::AsFd as _,
+    path::PathBuf,
+};
 
 use anyhow::{Context as _, Result, bail};
 use lb_common::{
@@ -209,7 +214,7 @@ impl Kernel {
         }
         kernel.open_cgroup()?;
         // An agent that counted nothing may have left fewer counters than there are Services.
-        let services = kernel.memory()?.services;
+        let services = kernel.tables.as_ref().map_or_else(|| Ok(BTreeMap::new()), |tables| tables.store.services())?;
         kernel.make_counters(services.last_key_value().map_or(0, |(id, _)| id.saturating_add(1)), &[])?;
         Ok(kernel)
     }

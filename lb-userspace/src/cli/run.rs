@@ -284,6 +284,7 @@ impl RunArgs {
                 flags,
                 hard_fail: config.fields.bind_address_hard_fail,
                 sync_period: config.sync_period.time(),
+                service_metrics: self.service_metrics,
             },
             config,
             conntrack,

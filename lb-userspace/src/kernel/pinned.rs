@@ -12,6 +12,7 @@ use lb_common::{
     affinity::{Affinity, AffinityKey},
     count::ServiceCounters,
     flow::{Flow, FlowKey},
+    layout::ServiceName,
     memory::Memory,
 };
 
@@ -78,6 +79,11 @@ impl Pinned {
     /// The counters, by [`lb_common::reason::Reason`], summed over the CPUs.
     pub fn counters(&self) -> Result<Vec<u64>> {
         self.sums("COUNTERS")
+    }
+
+    /// Names of Service ports by id.
+    pub fn services(&self) -> Result<BTreeMap<u32, ServiceName>> {
+        self.store.services()
     }
 
     /// What was counted of each Service port, by its id; those of which nothing was are left out.

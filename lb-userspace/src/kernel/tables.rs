@@ -242,6 +242,13 @@ impl Store {
         Ok(())
     }
 
+    /// Names of Service ports by id.
+    pub fn services(&self) -> Result<BTreeMap<u32, ServiceName>> {
+        let mut services = BTreeMap::new();
+        self.each(Table::Services, |id: u32, name: ServiceName| services.extend([(id, name)]))?;
+        Ok(services)
+    }
+
     /// Everything that is in the tables. While another process writes, each entry is whole, but two entries may be of
     /// different times.
     ///
@@ -259,7 +266,7 @@ impl Store {
                 memory.endpoints.insert(id, endpoint);
             }
         })?;
-        self.each(Table::Services, |id: u32, name: ServiceName| memory.services.extend([(id, name)]))?;
+        memory.services = self.services()?;
         self.each(Table::SourceRanges, |prefix: PrefixKey, _: u32| memory.source_ranges.extend([prefix]))?;
         self.each(Table::LocalCidrs, |prefix: PrefixKey, _: u32| memory.local_cidrs.extend([prefix]))?;
         self.each(Table::ServiceCidrs, |prefix: PrefixKey, _: u32| memory.service_cidrs.extend([prefix]))?;
