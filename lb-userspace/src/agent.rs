@@ -7,6 +7,7 @@ pub mod door;
 pub mod report;
 
 use std::{
+    borrow::Borrow,
     net::IpAddr,
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
@@ -15,6 +16,7 @@ use anyhow::{Context as _, Result, bail};
 use lb_common::{
     addr::Addr,
     layout::{frontend_flags, node_flags},
+    memory::Memory,
 };
 use tokio::{
     signal::unix::{SignalKind, signal},
@@ -28,7 +30,7 @@ use self::{
 };
 use crate::{
     config::Config,
-    image::Image,
+    image::{Image, Write, difference},
     kernel::{
         self, Kernel,
         devices::{Snapshot, watch::Watch},
@@ -105,6 +107,8 @@ pub async fn run(options: Options) -> Result<()> {
 struct Agent {
     pipeline: Pipeline,
     kernel: Kernel,
+    /// What was in the tables before the first list.
+    adopted: Memory,
     options: NodeOptions,
     snapshot: Snapshot,
     /// The primary addresses with which the rows of this snapshot's devices were made, if they were.
@@ -129,14 +133,14 @@ impl Agent {
     fn open(options: &Options) -> Result<Self> {
         let kernel = Kernel::open(options.kernel.clone())?;
         let memory = kernel.memory().context("reading what is pinned")?;
-        let adopted = memory.frontends.len();
+        let adopted = memory.clone();
         let image = Image::restore(memory, 0);
         info!(
             node = options.node,
             bpffs = %options.kernel.bpffs.display(),
             attach = ?kernel.mechanism(),
             socket_lb = ?options.kernel.socket_lb,
-            adopted_frontends = adopted,
+            adopted_frontends = adopted.frontends.len(),
             "waiting for the first list"
         );
         let report = Report {
@@ -150,6 +154,7 @@ impl Agent {
         Ok(Self {
             pipeline: Pipeline::new(&options.node, options.node_options.clone(), image),
             kernel,
+            adopted,
             options: options.node_options.clone(),
             snapshot: Snapshot::default(),
             rows_of: None,
@@ -187,12 +192,9 @@ impl Agent {
         self.take_in(update);
         self.begun = true;
         self.set_devices(snapshot);
-        self.compile();
+        self.compile_first();
         self.kernel.verified()?;
         self.attach_devices();
-        let now = self.now();
-        let writes = self.pipeline.sweep(now);
-        self.write(&writes);
         self.attach_sockets();
         self.report.ready = self.failed.is_none();
         // The first list takes much more than what stays of it, and never comes again.
@@ -285,8 +287,32 @@ impl Agent {
             return;
         }
         let begin = Instant::now();
-        let now = self.now();
-        let mut writes = self.pipeline.compile(now);
+        let writes = self.plan();
+        debug!(writes = writes.len(), milliseconds = self.milliseconds(), "planned");
+        self.write(&writes);
+        self.end_change(begin, writes.len());
+    }
+
+    /// Makes the tables that were adopted those of the first list.
+    fn compile_first(&mut self) {
+        let begin = Instant::now();
+        self.pipeline.image_mut().set_silent(true);
+        self.plan();
+        self.pipeline.sweep(self.now());
+        self.pipeline.image_mut().set_silent(false);
+        debug!(milliseconds = self.milliseconds(), "planned");
+        let (old, new) = (std::mem::take(&mut self.adopted), self.pipeline.image().memory());
+        let mut count = 0;
+        let families = families(difference(&old, new).inspect(|_| count += 1));
+        self.serve.health().queued(&families, Moment::now());
+        let result = self.kernel.fill(&old, new);
+        self.end_write(result, &families);
+        self.end_change(begin, count);
+    }
+
+    /// The writes that follow from everything taken in.
+    fn plan(&mut self) -> Vec<Write> {
+        let mut writes = self.pipeline.compile(self.now());
         // The node's primary addresses, which rows of devices depend on, are known only now.
         let primary = &self.pipeline.view().primary;
         if self.rows_of.as_ref() != Some(primary) {
@@ -294,14 +320,16 @@ impl Agent {
             self.rows_of = Some(primary.clone());
             writes.extend(self.pipeline.image_mut().set_devices(&rows));
         }
-        debug!(writes = writes.len(), milliseconds = self.milliseconds(), "planned");
-        self.write(&writes);
+        writes
+    }
+
+    fn end_change(&mut self, begin: Instant, writes: usize) {
         self.publish();
         debug!(milliseconds = self.milliseconds(), "written");
-        if !writes.is_empty() {
+        if writes != 0 {
             self.report.last_change = Some(LastChange {
                 at: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
-                writes: writes.len(),
+                writes,
                 microseconds: u64::try_from(begin.elapsed().as_micros()).unwrap_or(u64::MAX),
             });
         }
@@ -326,21 +354,22 @@ impl Agent {
         }
     }
 
-    fn write(&mut self, writes: &[crate::image::Write]) {
+    fn write(&mut self, writes: &[Write]) {
         let families = families(writes);
         self.serve.health().queued(&families, Moment::now());
-        if writes.is_empty() || self.failed.is_some() {
-            return;
+        if !writes.is_empty() && self.failed.is_none() {
+            let result = self.kernel.apply(writes);
+            self.end_write(result, &families);
         }
-        if let Err(error) = self.kernel.apply(writes) {
-            let text = format!("{error:#}");
-            error!(error = text, "the tables could not be written; trying again");
-            self.failed = Some(text);
-            self.report.ready = false;
-            self.alarm = TokioInstant::now() + RETRY;
-            return;
-        }
-        self.serve.health().updated(&families, Moment::now());
+    }
+
+    fn end_write(&mut self, result: Result<()>, families: &[Family]) {
+        let Err(error) = result else { return self.serve.health().updated(families, Moment::now()) };
+        let text = format!("{error:#}");
+        error!(error = text, "the tables could not be written; trying again");
+        self.failed = Some(text);
+        self.report.ready = false;
+        self.alarm = TokioInstant::now() + RETRY;
     }
 
     /// What is due: another try after a failure, else old bits.
@@ -457,8 +486,10 @@ impl Agent {
 }
 
 /// The families whose plan these writes carry out.
-fn families(writes: &[crate::image::Write]) -> Vec<Family> {
-    let (v4, v6) =
-        writes.iter().map(crate::image::Write::families).fold((false, false), |(v4, v6), one| (v4 | one.0, v6 | one.1));
+fn families(writes: impl IntoIterator<Item: Borrow<Write>>) -> Vec<Family> {
+    let (v4, v6) = writes
+        .into_iter()
+        .map(|write| write.borrow().families())
+        .fold((false, false), |(v4, v6), one| (v4 | one.0, v6 | one.1));
     [(v4, Family::V4), (v6, Family::V6)].into_iter().filter(|(any, _)| *any).map(|(_, family)| family).collect()
 }
