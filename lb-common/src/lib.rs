@@ -25,4 +25,6 @@ pub mod socket;
 pub mod tables;
 
 #[cfg(any(test, feature = "user"))]
+pub mod astray;
+#[cfg(any(test, feature = "user"))]
 pub mod memory;

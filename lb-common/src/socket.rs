@@ -30,6 +30,19 @@ pub struct Pair {
     pub used: u32,
 }
 
+impl Pair {
+    /// Nobody is talked to.
+    pub const NONE: Self = Self {
+        frontend: Addr::UNSPECIFIED_V6,
+        endpoint: Addr::UNSPECIFIED_V6,
+        frontend_port: Port::ZERO,
+        endpoint_port: Port::ZERO,
+        endpoint_id: 0,
+        generation: 0,
+        used: 0,
+    };
+}
+
 /// The storage of one socket.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -159,6 +172,10 @@ const _: () = {
     assert!(size_of::<Pairs>() == 48 * PAIRS + 8);
 };
 
+#[cfg(feature = "user")]
+// SAFETY: `repr(C)`, integers only, and the size assertions above leave no room for padding.
+unsafe impl aya::Pod for Pairs {}
+
 #[cfg(test)]
 mod tests {
     use core::net::SocketAddr;
@@ -171,19 +188,7 @@ mod tests {
         memory::Memory,
     };
 
-    const NEW: Pairs = Pairs {
-        pairs: [Pair {
-            frontend: Addr::UNSPECIFIED_V6,
-            endpoint: Addr::UNSPECIFIED_V6,
-            frontend_port: Port::ZERO,
-            endpoint_port: Port::ZERO,
-            endpoint_id: 0,
-            generation: 0,
-            used: 0,
-        }; PAIRS],
-        uses: 0,
-        next: 0,
-    };
+    const NEW: Pairs = Pairs { pairs: [Pair::NONE; PAIRS], uses: 0, next: 0 };
 
     fn ends(text: &str) -> Ends {
         let addr: SocketAddr = text.parse().unwrap();

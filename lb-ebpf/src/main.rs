@@ -13,6 +13,8 @@ mod socket;
 mod state;
 #[cfg(target_arch = "bpf")]
 mod tc;
+#[cfg(target_arch = "bpf")]
+mod told;
 
 #[cfg(not(target_arch = "bpf"))]
 fn main() {}

@@ -34,6 +34,7 @@ use crate::{
     kernel::{
         self, Kernel,
         devices::{Snapshot, watch::Watch},
+        sockets,
     },
     model::{Kind, Node},
     pipeline::Pipeline,
@@ -48,6 +49,8 @@ use crate::{
 
 /// How often bits that no flow can name any more are looked for.
 const EXPIRY_INTERVAL: Duration = Duration::from_secs(60);
+/// How long after a change sockets are looked at: a process may be in the middle of connect(2), and changes come together.
+const SETTLING: Duration = Duration::from_millis(10);
 /// How long after a failed write everything is compared and written again.
 const RETRY: Duration = Duration::from_secs(1);
 
@@ -98,6 +101,7 @@ pub async fn run(options: Options) -> Result<()> {
             (question, answer) = door.next() => answer.send(agent.answer(question)),
             trouble = agent.serve.fatal() => bail!("{trouble} (bindAddressHardFail)"),
             () = sleep_until(agent.alarm) => agent.wake(),
+            () = sleep_until(agent.look.unwrap_or(agent.alarm)), if agent.look.is_some() => agent.end_sockets(),
         }
     }
     info!("stopped; the data plane goes on without an agent (`fairlead cleanup` removes it)");
@@ -119,7 +123,10 @@ struct Agent {
     failed: Option<String>,
     attach_failed: Option<String>,
     sockets_failed: Option<String>,
+    astray_failed: Option<String>,
     alarm: TokioInstant,
+    /// When to look for sockets that the last changes have led astray.
+    look: Option<TokioInstant>,
     start: Instant,
     report: Report,
     serve: Serve,
@@ -162,7 +169,9 @@ impl Agent {
             failed: None,
             attach_failed: None,
             sockets_failed: None,
+            astray_failed: None,
             alarm: TokioInstant::now() + EXPIRY_INTERVAL,
+            look: None,
             start: Instant::now(),
             report,
             serve: Serve::start(options.serve.clone())?,
@@ -214,7 +223,11 @@ impl Agent {
 
     fn attach_sockets(&mut self) {
         match self.kernel.attach_sockets() {
-            Ok(()) => self.sockets_failed = None,
+            Ok(()) => {
+                self.sockets_failed = None;
+                // Some may have connected while no programs were there.
+                self.look = Some(TokioInstant::now());
+            }
             Err(error) => {
                 let text = format!("{error:#}");
                 if self.sockets_failed.as_ref() != Some(&text) {
@@ -360,6 +373,10 @@ impl Agent {
         if !writes.is_empty() && self.failed.is_none() {
             let result = self.kernel.apply(writes);
             self.end_write(result, &families);
+            if self.failed.is_none() && self.look.is_none() && sockets::concerns(writes, self.pipeline.image().memory())
+            {
+                self.look = Some(TokioInstant::now() + SETTLING);
+            }
         }
     }
 
@@ -370,6 +387,27 @@ impl Agent {
         self.failed = Some(text);
         self.report.ready = false;
         self.alarm = TokioInstant::now() + RETRY;
+    }
+
+    fn end_sockets(&mut self) {
+        self.look = None;
+        match self.kernel.end_sockets_astray(self.pipeline.image().memory()) {
+            Ok(0) => self.astray_failed = None,
+            Ok(sockets) => {
+                self.astray_failed = None;
+                info!(
+                    sockets,
+                    "connected UDP sockets were ended: what they were connected to is gone or has become a Service's"
+                );
+            }
+            Err(error) => {
+                let text = format!("{error:#}");
+                if self.astray_failed.as_ref() != Some(&text) {
+                    warn!(error = text, "connected UDP sockets may go on to speak to endpoints that are gone");
+                }
+                self.astray_failed = Some(text);
+            }
+        }
     }
 
     /// What is due: another try after a failure, else old bits.
@@ -387,6 +425,7 @@ impl Agent {
                     self.write(&writes);
                     if self.failed.is_none() {
                         self.serve.health().updated(&Family::ALL, Moment::now());
+                        self.look = Some(TokioInstant::now());
                         self.report.ready = true;
                         info!("the tables are as they should be again");
                     }
@@ -446,6 +485,7 @@ impl Agent {
         report.problems.extend(self.failed.iter().map(|text| format!("tables: {text}")));
         report.problems.extend(self.attach_failed.iter().map(|text| format!("devices: {text}")));
         report.problems.extend(self.sockets_failed.iter().map(|text| format!("sockets: {text}")));
+        report.problems.extend(self.astray_failed.iter().map(|text| format!("connected sockets: {text}")));
         report.problems.extend(self.serve.troubles().iter().map(ToString::to_string));
         report.problems.extend(self.shadowed());
         report.problems.extend(self.kernel.problems(&self.snapshot));

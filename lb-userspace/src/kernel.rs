@@ -11,6 +11,7 @@ mod netlink;
 pub mod object;
 pub mod pinned;
 pub mod preflight;
+pub mod sockets;
 mod sys;
 pub mod tables;
 
@@ -411,6 +412,16 @@ impl Kernel {
         }
         self.sockets = true;
         self.remove_old_generations()
+    }
+
+    /// Ends the connected UDP sockets that these tables leave without anybody to speak to. Answers how many.
+    pub fn end_sockets_astray(&mut self, memory: &Memory) -> Result<usize> {
+        match &mut self.tables {
+            Some(tables) if self.sockets && self.options.socket_lb != SocketLb::Off => {
+                sockets::end_astray(&mut tables.programs, self.options.socket_lb == SocketLb::All, memory)
+            }
+            Some(_) | None => Ok(0),
+        }
     }
 
     /// Whether programs run everywhere that the last calls asked for. Growing tables may lose an attachment.

@@ -41,8 +41,20 @@ impl Agent {
         agent
     }
 
-    /// Prepares an agent without starting it.
+    /// Starts an agent on an API server and waits until it is ready.
+    pub fn start_on_api_server(lab: &Lab, node: &Node, kubeconfig: &Path, flags: &[&str]) -> Self {
+        let mut agent = Self::prepare(lab, node, "--kubeconfig", kubeconfig, flags)
+            .unwrap_or_else(|error| panic!("preparing the agent of {}: {error:#}", node.name));
+        agent.restart();
+        agent
+    }
+
+    /// Prepares an agent on a folder of manifests without starting it.
     pub fn new(lab: &Lab, node: &Node, manifests: &Path, flags: &[&str]) -> Result<Self> {
+        Self::prepare(lab, node, "--manifests", manifests, flags)
+    }
+
+    fn prepare(lab: &Lab, node: &Node, source: &str, place: &Path, flags: &[&str]) -> Result<Self> {
         let binary = match &lab.topology().binary {
             Some(path) => path.clone(),
             None => find_binary()?,
@@ -50,7 +62,7 @@ impl Agent {
         let bpffs = lab.bpffs(node);
         let text = |path: &Path| path.display().to_string();
         let mut arguments = vec!["run".to_owned()];
-        arguments.extend(["--manifests".to_owned(), text(manifests)]);
+        arguments.extend([source.to_owned(), text(place)]);
         arguments.extend(["--hostname-override".to_owned(), node.name.clone()]);
         arguments.extend(["--bpffs".to_owned(), text(&bpffs)]);
         arguments.extend(["--cgroup".to_owned(), text(lab.cgroup())]);

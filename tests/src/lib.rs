@@ -8,6 +8,7 @@ pub mod bpf;
 pub mod cgroup;
 pub mod cluster;
 pub mod command;
+pub mod control_plane;
 pub mod folder;
 pub mod foreign;
 pub mod lab;
@@ -20,6 +21,7 @@ pub mod traffic;
 pub mod tun;
 
 pub use self::agent::Agent;
+pub use self::control_plane::ControlPlane;
 pub use self::lab::{Lab, Node, Pod};
 pub use self::netns::Netns;
 pub use self::topology::{Topology, Wiring};

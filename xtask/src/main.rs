@@ -1,6 +1,7 @@
 //! Set-up, demonstration, tests and checks of the project: one file a subcommand, here only their names.
 
 mod check;
+mod cluster;
 mod demo;
 mod interrupt;
 mod kernels;
@@ -31,6 +32,8 @@ enum Task {
     Test(test::Options),
     /// Check format, lints, the eBPF object and what is counted (root), or with --kernel the agent on other kernels
     Check(check::Options),
+    /// A real control plane and agents on it, to look at (root)
+    Cluster(cluster::Options),
     /// Install what building and testing need and isn't there; asks nothing
     Setup(setup::Options),
     /// Write a folder of manifests with many Services
@@ -45,6 +48,7 @@ fn main() -> ExitCode {
         Task::Demo(options) => demo::run(&options),
         Task::Test(options) => test::run(&options),
         Task::Check(options) => check::run(&options),
+        Task::Cluster(options) => cluster::run(&options),
         Task::Setup(options) => setup::run(&options),
         Task::Scale(options) => scale::run(&options),
         Task::Guest => kernels::guest::run(),

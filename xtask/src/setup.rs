@@ -7,6 +7,7 @@ use std::process::{Command, ExitCode};
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
+use tests::control_plane::parts;
 
 use crate::process;
 use crate::workspace;
@@ -25,6 +26,9 @@ pub struct Options {
     /// Also what `cargo xtask check --kernel` needs
     #[arg(long)]
     kernels: bool,
+    /// Also what a real control plane is compiled with
+    #[arg(long)]
+    cluster: bool,
 }
 
 /// Something that has to be there.
@@ -40,7 +44,8 @@ struct Need {
 /// The subcommand.
 pub fn run(options: &Options) -> Result<ExitCode> {
     if options.dry_run {
-        let optional = if options.kernels { virtual_machine_needs() } else { Vec::new() };
+        let mut optional = if options.kernels { virtual_machine_needs() } else { Vec::new() };
+        optional.extend(if options.cluster { cluster_needs() } else { Vec::new() });
         let missing: Vec<Need> = needs().into_iter().chain(optional).filter(|need| !need.found).collect();
         missing.iter().for_each(describe);
         let linker = linker_is_missing();
@@ -53,7 +58,8 @@ pub fn run(options: &Options) -> Result<ExitCode> {
         }
         return Ok(ExitCode::FAILURE);
     }
-    let installed = ensure()? | (options.kernels && ensure_virtual_machines()?);
+    let mut installed = ensure()? | (options.kernels && ensure_virtual_machines()?);
+    installed |= options.cluster && ensure_cluster()?;
     if !installed {
         println!("Everything is there.");
     }
@@ -94,16 +100,40 @@ pub fn ensure() -> Result<bool> {
 
 /// Installs what booting kernels needs and isn't there; true if something was missing. Only who asks for a kernel gets it.
 pub fn ensure_virtual_machines() -> Result<bool> {
-    let missing: Vec<Need> = virtual_machine_needs().into_iter().filter(|need| !need.found).collect();
+    ensure_some(virtual_machine_needs(), "kernels to boot are packages of Debian; the missing programs")
+}
+
+/// Installs what a real control plane is compiled with and isn't there; true if something was missing.
+pub fn ensure_cluster() -> Result<bool> {
+    ensure_some(cluster_needs(), "install Go 1.26 or newer and openssl from your distribution; what is missing")
+}
+
+fn ensure_some(needs: Vec<Need>, elsewhere: &str) -> Result<bool> {
+    let missing: Vec<Need> = needs.into_iter().filter(|need| !need.found).collect();
     if missing.is_empty() {
         return Ok(false);
     }
     if !is_debian() {
-        bail!("kernels to boot are packages of Debian; the missing programs:\n{}", list(&missing));
+        bail!("{elsewhere}:\n{}", list(&missing));
     }
     missing.iter().for_each(describe);
     install_packages(&missing)?;
     Ok(true)
+}
+
+fn cluster_needs() -> Vec<Need> {
+    vec![
+        Need {
+            packages: &["golang-go"],
+            why: "Kubernetes' control plane, which tests run, is compiled by Go (one that is too old fetches a newer one)",
+            found: parts::go().is_some(),
+        },
+        Need {
+            packages: &["openssl"],
+            why: "the control plane of tests has certificates",
+            found: workspace::find_program("openssl").is_some(),
+        },
+    ]
 }
 
 fn virtual_machine_needs() -> Vec<Need> {

@@ -11,6 +11,7 @@ use clap::Args;
 use serde_json::Value;
 use tests::residue;
 
+use crate::cluster;
 use crate::interrupt;
 use crate::process;
 use crate::setup;
@@ -56,6 +57,9 @@ pub fn run(options: &Options) -> Result<ExitCode> {
         println!("Removed what a killed run left: {leftover}");
     }
     workspace::build_agent()?;
+    if options.package.as_deref().is_none_or(|package| package == "tests") {
+        cluster::build()?;
+    }
 
     let result = run_all(options, start);
     if interrupt::came() {

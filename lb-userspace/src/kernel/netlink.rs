@@ -1,4 +1,4 @@
-//! Questions to rtnetlink that are answered at once: dumps, clsact qdiscs, filters.
+//! Questions to netlink that are answered at once, among them rtnetlink's: dumps, clsact qdiscs, filters.
 //!
 //! In: an ifindex of the current network namespace. Out: messages, or nothing where what is to be removed is gone already.
 //! Each question has a socket of its own; nothing is awaited.
@@ -7,7 +7,10 @@ use std::io;
 
 use anyhow::{Context as _, Result};
 use rtnetlink::{
-    packet_core::{NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload},
+    packet_core::{
+        NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REQUEST, NetlinkDeserializable, NetlinkMessage,
+        NetlinkPayload, NetlinkSerializable,
+    },
     packet_route::{
         RouteNetlinkMessage,
         tc::{TcAttribute, TcFilterBpfOption, TcHandle, TcMessage, TcOption},
@@ -26,25 +29,35 @@ pub fn request(message: RouteNetlinkMessage, flags: u16) -> io::Result<Vec<Route
 }
 
 fn request_once(message: RouteNetlinkMessage, flags: u16) -> io::Result<Vec<RouteNetlinkMessage>> {
-    /// The dump is not of one moment (`NLM_F_DUMP_INTR`).
-    const INTERRUPTED: u16 = 0x10;
-    let mut socket = Socket::new(NETLINK_ROUTE)?;
-    socket.bind_auto()?;
-    socket.connect(&SocketAddr::new(0, 0))?;
     let mut request = NetlinkMessage::from(message);
     request.header.flags = NLM_F_REQUEST | flags;
-    request.header.sequence_number = 1;
-    request.finalize();
-    let mut buffer = vec![0; request.buffer_len()];
-    request.serialize(&mut buffer);
-    socket.send(&buffer, 0)?;
+    exchange(NETLINK_ROUTE, &serialize(request))
+}
+
+/// The bytes of a message.
+pub fn serialize<T: NetlinkSerializable>(mut message: NetlinkMessage<T>) -> Vec<u8> {
+    message.header.sequence_number = 1;
+    message.finalize();
+    let mut buffer = vec![0; message.buffer_len()];
+    message.serialize(&mut buffer);
+    buffer
+}
+
+/// Sends one message and collects its answers; EINTR where a dump is not of one moment.
+pub fn exchange<T: NetlinkDeserializable>(protocol: isize, message: &[u8]) -> io::Result<Vec<T>> {
+    /// The dump is not of one moment (`NLM_F_DUMP_INTR`).
+    const INTERRUPTED: u16 = 0x10;
+    let mut socket = Socket::new(protocol)?;
+    socket.bind_auto()?;
+    socket.connect(&SocketAddr::new(0, 0))?;
+    socket.send(message, 0)?;
     let mut answers = Vec::new();
     let mut interrupted = false;
     loop {
         let (datagram, _) = socket.recv_from_full()?;
         let mut rest = datagram.as_slice();
         while rest.len() >= 16 {
-            let answer = NetlinkMessage::<RouteNetlinkMessage>::deserialize(rest).map_err(io::Error::other)?;
+            let answer = NetlinkMessage::<T>::deserialize(rest).map_err(io::Error::other)?;
             interrupted |= answer.header.flags & INTERRUPTED != 0;
             let len = (answer.header.length as usize).next_multiple_of(4).max(16);
             match answer.payload {

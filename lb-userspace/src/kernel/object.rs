@@ -5,7 +5,8 @@
 
 use std::{
     collections::BTreeMap,
-    fs, io,
+    fs::{self, File},
+    io,
     os::fd::{AsFd as _, OwnedFd},
     path::Path,
     thread::{self, JoinHandle},
@@ -14,8 +15,8 @@ use std::{
 
 use anyhow::{Context as _, Result, anyhow, bail};
 use aya::{
-    Ebpf, EbpfLoader,
-    programs::{CgroupSockAddr, Program, ProgramError, SchedClassifier},
+    Btf, Ebpf, EbpfLoader,
+    programs::{CgroupSockAddr, Iter, Program, ProgramError, SchedClassifier},
 };
 use lb_common::{
     addr::Addr,
@@ -311,6 +312,20 @@ impl Programs {
         let program: &mut CgroupSockAddr =
             program.try_into().with_context(|| format!("program {name} is none for sockets"))?;
         Ok(program.fd().with_context(|| format!("program {name} is not loaded"))?.as_fd().try_clone_to_owned()?)
+    }
+
+    /// What UDP sockets of the calling thread's network namespace were told: for each a cookie and its [`Pairs`]. The program is
+    /// loaded when it is first asked for.
+    pub fn told(&mut self) -> Result<File> {
+        const NAME: &str = "told_udp";
+        let program = self.ethernet()?.program_mut(NAME).with_context(|| format!("no program {NAME} in the object"))?;
+        let program: &mut Iter = program.try_into().with_context(|| format!("program {NAME} is no iterator"))?;
+        if program.fd().is_err() {
+            let types = Btf::from_sys_fs().context("cannot read the kernel's types (CONFIG_DEBUG_INFO_BTF)")?;
+            program.load("udp", &types).map_err(|error| explain(NAME, error))?;
+        }
+        let link = program.attach().and_then(|id| program.take_link(id)).context("cannot make an iterator")?;
+        link.into_file().context("cannot open an iterator")
     }
 
     /// Creates the maps that are not pinned yet, and loads the programs: those for devices with Ethernet header while the

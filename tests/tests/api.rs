@@ -1,0 +1,263 @@
+//! The agent on a real API server, with Kubernetes' own controllers: what they make of Pods and Services is what connections do,
+//! whatever happens to the API server in between.
+
+use std::net::SocketAddr;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::{Value, json};
+use tests::cluster::{By, TARGET, addressed, refused, web};
+use tests::control_plane::Api;
+use tests::manifest::{PodObject, Service, SliceEndpoint, endpoint_slice};
+use tests::traffic::client::ask_on;
+use tests::{Agent, ControlPlane, Lab, Pod, Protocol, Server, Topology};
+
+/// How soon a change has to be effective while the API server answers: the controllers gather changes for some time.
+const SOON: Duration = Duration::from_secs(10);
+
+/// How soon an agent has to notice that the API server is back: it asks at longer and longer intervals.
+const RETURN: Duration = Duration::from_secs(60);
+
+const SERVICES: &str = "/api/v1/namespaces/default/services";
+const PODS: &str = "/api/v1/namespaces/default/pods";
+
+/// A lab with a control plane, a server in every pod, and an agent on each node; what needs others ends before them.
+struct World {
+    agents: Vec<Agent>,
+    _servers: Vec<Server>,
+    plane: ControlPlane,
+    api: Api,
+    lab: Lab,
+}
+
+impl World {
+    /// A world without agents, in which a Service `web` selects all pods.
+    fn new(nodes: u8) -> Self {
+        let lab = Lab::new(Topology { nodes, ..Topology::default() });
+        let servers = lab.pods().map(|pod| lab.serve(pod, TARGET)).collect();
+        let plane = ControlPlane::start(&lab);
+        let api = plane.api();
+        api.put(web());
+        lab.pods().for_each(|pod| api.put(pod_object(pod, "web")));
+        let endpoints = lab.pods().count();
+        api.until("/apis/discovery.k8s.io/v1/namespaces/default/endpointslices", |list| {
+            let of_web = |slice: &&Value| slice["metadata"]["labels"]["kubernetes.io/service-name"] == "web";
+            let slices = list["items"].as_array().into_iter().flatten().filter(of_web);
+            let ready = |slice: &Value| slice["endpoints"].as_array().map_or(0, Vec::len);
+            slices.map(ready).sum::<usize>() == 2 * endpoints
+        });
+        Self { agents: Vec::new(), _servers: servers, plane, api, lab }
+    }
+
+    fn start_agents(&mut self, user: &str) {
+        let kubeconfig = self.plane.kubeconfig(user);
+        for node in &self.lab.nodes {
+            self.agents.push(Agent::start_on_api_server(&self.lab, node, &kubeconfig, &[]));
+        }
+    }
+
+    /// Asks the Service until only these answer, by both families.
+    fn expect_answers(&self, by: By, expected: &[&str], limit: Duration) {
+        let client = self.lab.outside_client().with_timeout(Duration::from_millis(500));
+        for to in by.addresses(10) {
+            let start = Instant::now();
+            loop {
+                let tally = client.tally(Protocol::Tcp, to, 30);
+                let names = tally.as_ref().map(|tally| tally.keys().map(String::as_str).collect::<Vec<_>>());
+                if names.as_ref().is_ok_and(|names| names == expected) {
+                    break;
+                }
+                assert!(start.elapsed() < limit, "{to}: {tally:?}, expected {expected:?}");
+            }
+        }
+    }
+
+    /// Waits until the first agent's problems are as wanted.
+    fn expect_problems(&self, what: &str, limit: Duration, wanted: impl Fn(&str) -> bool) {
+        let start = Instant::now();
+        loop {
+            let problems = self.agents[0].cli_json(&["status"])["problems"].to_string();
+            if wanted(&problems) {
+                return;
+            }
+            assert!(start.elapsed() < limit, "{what}: {problems}");
+            thread::sleep(Duration::from_millis(100));
+        }
+    }
+}
+
+fn pod_object(pod: &Pod, app: &str) -> PodObject {
+    PodObject::of(pod).label("app", app)
+}
+
+#[test]
+fn connections_do_what_the_controllers_make_of_pods() {
+    let mut world = World::new(2);
+    world.start_agents("proxy");
+    let all = ["p1-1", "p1-2", "p2-1", "p2-2"];
+    for by in [By::NodePort(1), By::NodePort(2), By::LoadBalancer] {
+        world.expect_answers(by, &all, SOON);
+    }
+    // Pods, and the nodes themselves, by ClusterIP.
+    let clients = [world.lab.client(world.lab.pod(1, 1)), world.lab.host_client(world.lab.node(2))];
+    for client in &clients {
+        for to in By::ClusterIp.addresses(10) {
+            for protocol in [Protocol::Tcp, Protocol::Udp] {
+                let tally = client.tally(protocol, to, 60).unwrap();
+                assert_eq!(tally.keys().map(String::as_str).collect::<Vec<_>>(), all, "{protocol:?} {to}");
+            }
+        }
+    }
+    // The Service of the API server itself: its slice is written by no controller. (It knows no way back to pods.)
+    clients[1].connect(SocketAddr::from(([10, 96, 0, 1], 443))).unwrap();
+    world.api.patch(&format!("{PODS}/p1-1"), &json!({"metadata": {"labels": {"app": "other"}}}));
+    world.expect_answers(By::LoadBalancer, &all[1..], SOON);
+    let not_ready = json!({"status": {"conditions": [{"type": "Ready", "status": "False"}]}});
+    world.api.patch(&format!("{PODS}/p1-2/status"), &not_ready);
+    world.expect_answers(By::LoadBalancer, &all[2..], SOON);
+    world.api.delete(&format!("{PODS}/p2-1"));
+    world.expect_answers(By::LoadBalancer, &all[3..], SOON);
+    // The other way: the Service is what changes.
+    world.api.patch(&format!("{SERVICES}/web"), &json!({"spec": {"selector": {"app": "other"}}}));
+    world.expect_answers(By::NodePort(2), &all[..1], SOON);
+    let client = world.lab.client(world.lab.pod(2, 2)).with_timeout(Duration::from_millis(500));
+    world.api.patch(&format!("{SERVICES}/web"), &json!({"spec": {"selector": {"app": "nobody"}}}));
+    for to in By::ClusterIp.addresses(10) {
+        client.ask_until(Protocol::Tcp, to, SOON, refused).unwrap();
+    }
+    world.api.delete(&format!("{SERVICES}/web"));
+    let gone = |agent: &Agent| agent.cli_json(&["services"]).to_string().contains("\"web\"");
+    let start = Instant::now();
+    while world.agents.iter().any(gone) {
+        assert!(start.elapsed() < SOON, "the Service is still there");
+    }
+}
+
+#[test]
+fn connections_go_on_while_the_api_server_is_away() {
+    let mut world = World::new(1);
+    world.start_agents("proxy");
+    world.expect_answers(By::LoadBalancer, &["p1-1", "p1-2"], SOON);
+    let to = By::LoadBalancer.addresses(10)[0];
+    let mut open = world.lab.outside_client().connect(to).unwrap();
+    let before = ask_on(&mut open).unwrap();
+    world.plane.kill_api_server();
+    world.expect_problems("the API server is away", SOON, |problems| problems.contains("can't be reached"));
+    assert_eq!(ask_on(&mut open).unwrap(), before);
+    world.expect_answers(By::NodePort(1), &["p1-1", "p1-2"], SOON);
+    // An agent that starts meanwhile leaves everything as it is, too.
+    world.agents[0].kill();
+    world.agents[0].spawn().unwrap();
+    thread::sleep(Duration::from_secs(2));
+    world.expect_answers(By::NodePort(1), &["p1-1", "p1-2"], SOON);
+    assert_eq!(ask_on(&mut open).unwrap(), before);
+    world.plane.start_api_server().unwrap();
+    world.agents[0].wait_ready(RETURN).unwrap();
+    world.expect_problems("the API server is back", RETURN, |problems| problems == "[]");
+    world.api.patch(&format!("{PODS}/p1-1"), &json!({"metadata": {"labels": {"app": "other"}}}));
+    world.expect_answers(By::LoadBalancer, &["p1-2"], RETURN);
+    assert_eq!(ask_on(&mut open).unwrap(), before);
+}
+
+#[test]
+fn what_happened_in_a_history_that_is_gone_is_made_up_for() {
+    let mut world = World::new(1);
+    world.api.put(addressed(Service::new("old").selector("app", "web"), 11));
+    world.start_agents("proxy");
+    world.expect_answers(By::LoadBalancer, &["p1-1", "p1-2"], SOON);
+    // The agent sleeps through a deletion and a creation, and the API server that it watched forgets them.
+    let agent = Pid::from_raw(world.agents[0].pid().unwrap().cast_signed()).unwrap();
+    kill_process(agent, Signal::STOP).unwrap();
+    world.plane.kill_api_server();
+    world.plane.start_api_server().unwrap();
+    world.api.delete(&format!("{SERVICES}/old"));
+    world.api.put(addressed(Service::new("new").selector("app", "web"), 12));
+    world.plane.compact();
+    world.plane.kill_api_server();
+    world.plane.start_api_server().unwrap();
+    kill_process(agent, Signal::CONT).unwrap();
+    let start = Instant::now();
+    loop {
+        let services = world.agents[0].cli_json(&["services"]).to_string();
+        if services.contains("\"new\"") && !services.contains("\"old\"") && services.contains("\"web\"") {
+            break;
+        }
+        assert!(start.elapsed() < RETURN, "{services}");
+        thread::sleep(Duration::from_millis(100));
+    }
+    let client = world.lab.outside_client();
+    client.ask_until(Protocol::Tcp, By::LoadBalancer.addresses(12)[0], RETURN, Result::is_ok).unwrap();
+    world.expect_problems("nothing is wrong", RETURN, |problems| problems == "[]");
+}
+
+#[test]
+fn both_sources_of_endpoints_give_the_same_picture() {
+    let world = World::new(2);
+    let api = &world.api;
+    api.put(addressed(Service::new("local").selector("app", "web").spec("externalTrafficPolicy", "Local"), 11));
+    api.put(addressed(Service::new("unready").selector("app", "unready").spec("publishNotReadyAddresses", true), 12));
+    api.patch(&format!("{PODS}/p2-1"), &json!({"metadata": {"labels": {"app": "unready"}}}));
+    let not_ready = json!({"status": {"conditions": [{"type": "Ready", "status": "False"}]}});
+    api.patch(&format!("{PODS}/p2-1/status"), &not_ready);
+    api.put(addressed(Service::new("by-hand"), 13));
+    let endpoint = SliceEndpoint {
+        address: world.lab.pod(1, 1).v4.into(),
+        node: "node1".into(),
+        serving: true,
+        terminating: false,
+    };
+    api.put(endpoint_slice("by-hand-1", "by-hand", &[("tcp", "TCP", TARGET)], &[endpoint]));
+    api.put(addressed(Service::new("none").selector("app", "none"), 14));
+    api.put(addressed(Service::new("another-proxys"), 15));
+    let label = json!({"metadata": {"labels": {"service.kubernetes.io/service-proxy-name": "other"}}});
+    api.patch(&format!("{SERVICES}/another-proxys"), &label);
+    let picture = |user: &str, flags: &[&str]| -> Vec<Value> {
+        let mut pictures = Vec::new();
+        for node in &world.lab.nodes {
+            let mut agent = Agent::start_on_api_server(&world.lab, node, &world.plane.kubeconfig(user), flags);
+            // The controllers may still be gathering the last change.
+            thread::sleep(Duration::from_secs(2));
+            pictures.extend([agent.cli_json(&["services"]), agent.cli_json(&["endpoints"])]);
+            let problems = agent.cli_json(&["status"])["problems"].clone();
+            assert_eq!(problems, json!([]), "{flags:?}");
+            agent.terminate();
+            agent.cleanup();
+        }
+        pictures
+    };
+    let slices = picture("proxy", &[]);
+    let pods = picture("admin", &["--endpoints", "pod-selector"]);
+    for (slices, pods) in slices.iter().zip(&pods) {
+        assert_eq!(format!("{slices:#}"), format!("{pods:#}"));
+    }
+    let text = slices[0].to_string();
+    assert!(text.contains("by-hand") && text.contains("kubernetes") && !text.contains("another-proxys"), "{text}");
+}
+
+#[test]
+fn rights_that_are_revoked_are_named_in_status() {
+    let mut world = World::new(1);
+    let binding = json!({
+        "apiVersion": "rbac.authorization.k8s.io/v1",
+        "kind": "ClusterRoleBinding",
+        "metadata": {"name": "other"},
+        "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": "system:node-proxier"},
+        "subjects": [{"apiGroup": "rbac.authorization.k8s.io", "kind": "User", "name": "other"}],
+    });
+    world.api.put(binding.clone());
+    world.start_agents("other");
+    world.expect_answers(By::LoadBalancer, &["p1-1", "p1-2"], SOON);
+    world.expect_problems("kube-proxy's role is enough", SOON, |problems| problems == "[]");
+    world.api.delete("/apis/rbac.authorization.k8s.io/v1/clusterrolebindings/other");
+    // A watch that runs is not asked again; the API server's restart ends it.
+    world.plane.kill_api_server();
+    world.plane.start_api_server().unwrap();
+    for resource in ["services", "endpointslices.discovery.k8s.io", "nodes"] {
+        let part = format!("grant verbs `list` and `watch` on {resource}");
+        world.expect_problems(resource, RETURN, |problems| problems.contains(&part));
+    }
+    world.expect_answers(By::LoadBalancer, &["p1-1", "p1-2"], SOON);
+    world.api.put(binding);
+    world.expect_problems("granted again", RETURN, |problems| problems == "[]");
+}
