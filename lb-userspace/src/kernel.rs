@@ -35,7 +35,10 @@ use self::{
     object::{Capacity, Constants, Programs, Table},
     tables::{Statistics, Stopped, Store},
 };
-use crate::{image::Write, plan::Expected};
+use crate::{
+    image::{Write, difference},
+    plan::Expected,
+};
 
 pub use self::{
     older::{older_connections_until, programs_now},
@@ -259,8 +262,29 @@ impl Kernel {
                 Err(Stopped::Failed(error)) => return Err(error),
                 Err(Stopped::Full(table, index)) => {
                     rest = rest.get(index..).unwrap_or_default();
-                    self.grow(table, rest)?;
+                    self.grow(table, |memory| {
+                        let mut after = memory.clone();
+                        tables::add_to(&mut after, rest);
+                        Capacity::of(&after)
+                    })?;
                 }
+            }
+        }
+    }
+
+    /// Makes the tables new ones, where they are the old ones. Takes no more memory than they do.
+    pub fn fill(&mut self, old: &Memory, new: &Memory) -> Result<()> {
+        loop {
+            match self.tables_for(|| Capacity::of(new))?.store.apply(difference(old, new)) {
+                Ok(()) => return Ok(()),
+                Err(Stopped::Failed(error)) => return Err(error),
+                // What has been written is written again.
+                Err(Stopped::Full(table, _)) => self.grow(table, |memory| {
+                    let mut capacity = Capacity::of(new);
+                    let there = Capacity::of(memory);
+                    Table::ALL.into_iter().for_each(|table| capacity.require(table, there.needs(table)));
+                    capacity
+                })?,
             }
         }
     }
@@ -277,15 +301,12 @@ impl Kernel {
     }
 
     /// Makes a larger generation of the tables, complete before the first program uses it.
-    fn grow(&mut self, full: Table, writes: &[Write]) -> Result<()> {
+    fn grow(&mut self, full: Table, capacity: impl FnOnce(&Memory) -> Capacity) -> Result<()> {
         let Self { folder, constants, options, tables, links, cgroup, ports, sockets, wanted_ports: _ } = self;
         let tables = tables.as_mut().context("there are no tables")?;
         let old = &tables.store;
         let memory = old.read()?;
-        let mut after = memory.clone();
-        tables::add_to(&mut after, writes);
-        let capacity = Capacity::of(&after);
-        drop(after);
+        let capacity = capacity(&memory);
         let larger: Vec<Table> = Table::ALL
             .into_iter()
             .filter(|table| *table == full || capacity.needs(*table) > old.room(*table))
