@@ -331,7 +331,7 @@ impl Kernel {
         let statistics = old.statistics();
         let mut store = Store::open(&dir, Statistics { growths: statistics.growths + 1, ..statistics })?;
         for table in &larger {
-            match store.apply(&tables::fill(&memory, *table)) {
+            match store.apply(tables::fill(&memory, *table)) {
                 Ok(()) => {}
                 Err(Stopped::Failed(error)) => return Err(error),
                 Err(Stopped::Full(table, _)) => bail!("the larger map {} is full", table.name()),
