@@ -42,7 +42,10 @@ use self::{
     object::{Capacity, Constants, Programs, Table},
     tables::{Statistics, Stopped, Store},
 };
-use crate::{image::Write, plan::Expected};
+use crate::{
+    image::{Write, difference},
+    plan::Expected,
+};
 
 pub use self::{
     older::{older_connections_until, programs_now},
@@ -215,7 +218,7 @@ impl Kernel {
         kernel.open_cgroup()?;
         // An agent that counted nothing may have left fewer counters than there are Services.
         let services = kernel.tables.as_ref().map_or_else(|| Ok(BTreeMap::new()), |tables| tables.store.services())?;
-        kernel.make_counters(services.last_key_value().map_or(0, |(id, _)| id.saturating_add(1)), &[])?;
+        kernel.make_counters(services.last_key_value().map_or(0, |(id, _)| id.saturating_add(1)), Capacity::of)?;
         Ok(kernel)
     }
 
@@ -270,32 +273,64 @@ impl Kernel {
     /// Does the writes in order. Tables are made if there are none, and grow where they must.
     pub fn apply(&mut self, writes: &[Write]) -> Result<()> {
         let mut rest = writes;
+        let after = |memory: &Memory, rest: &[Write]| {
+            let mut after = memory.clone();
+            tables::add_to(&mut after, rest);
+            Capacity::of(&after)
+        };
         self.tables_for(|| tables::capacity(rest))?;
-        self.make_counters(counters::needed(writes), writes)?;
+        let needed = counters::came(writes).max().map_or(0, |id| id.saturating_add(1));
+        self.make_counters(needed, |memory| after(memory, writes))?;
         loop {
             let Tables { store, counters, .. } = self.tables_for(|| tables::capacity(rest))?;
-            counters.begin(store, rest)?;
+            counters.begin(store, counters::came(rest))?;
             match store.apply(rest) {
                 Ok(()) => {
-                    counters.end(writes);
+                    counters.end(counters::gone(writes));
                     return Ok(());
                 }
                 Err(Stopped::Failed(error)) => return Err(error),
                 Err(Stopped::Full(table, index)) => {
                     rest = rest.get(index..).unwrap_or_default();
-                    self.grow(table, rest)?;
+                    self.grow(table, |memory| after(memory, rest))?;
                 }
             }
         }
     }
 
     /// Makes room for so many counters, if anything is counted.
-    fn make_counters(&mut self, needed: u32, writes: &[Write]) -> Result<()> {
+    fn make_counters(&mut self, needed: u32, capacity: impl FnOnce(&Memory) -> Capacity) -> Result<()> {
         let counts = self.options.count_services && self.tables.is_some();
         if counts && needed > self.room(Table::ServiceCounters) {
-            self.grow(Table::ServiceCounters, writes)?;
+            self.grow(Table::ServiceCounters, capacity)?;
         }
         Ok(())
+    }
+
+    /// Makes the tables new ones, where they are the old ones. Takes no more memory than they do.
+    pub fn fill(&mut self, old: &Memory, new: &Memory) -> Result<()> {
+        let both = |memory: &Memory| {
+            let mut capacity = Capacity::of(new);
+            let there = Capacity::of(memory);
+            Table::ALL.into_iter().for_each(|table| capacity.require(table, there.needs(table)));
+            capacity
+        };
+        self.tables_for(|| Capacity::of(new))?;
+        self.make_counters(Capacity::of(new).needs(Table::ServiceCounters), both)?;
+        loop {
+            let Tables { store, counters, .. } = self.tables_for(|| Capacity::of(new))?;
+            let came = new.services.iter().filter(|(id, name)| old.services.get(id) != Some(name));
+            counters.begin(store, came.map(|(id, _)| *id))?;
+            match store.apply(difference(old, new)) {
+                Ok(()) => {
+                    counters.end(old.services.keys().filter(|id| !new.services.contains_key(id)).copied());
+                    return Ok(());
+                }
+                Err(Stopped::Failed(error)) => return Err(error),
+                // What has been written is written again.
+                Err(Stopped::Full(table, _)) => self.grow(table, both)?,
+            }
+        }
     }
 
     /// The tables; made with this capacity if there are none.
@@ -310,15 +345,12 @@ impl Kernel {
     }
 
     /// Makes a larger generation of the tables, complete before the first program uses it.
-    fn grow(&mut self, full: Table, writes: &[Write]) -> Result<()> {
+    fn grow(&mut self, full: Table, capacity: impl FnOnce(&Memory) -> Capacity) -> Result<()> {
         let Self { folder, constants, options, tables, links, cgroup, ports, sockets, wanted_ports: _ } = self;
         let tables = tables.as_mut().context("there are no tables")?;
         let old = &tables.store;
         let memory = old.read()?;
-        let mut after = memory.clone();
-        tables::add_to(&mut after, writes);
-        let capacity = Capacity::of(&after);
-        drop(after);
+        let capacity = capacity(&memory);
         let larger: Vec<Table> = Table::ALL
             .into_iter()
             .filter(|table| *table == full || capacity.needs(*table) > old.room(*table))
@@ -344,7 +376,7 @@ impl Kernel {
         let statistics = old.statistics();
         let mut store = Store::open(&dir, Statistics { growths: statistics.growths + 1, ..statistics })?;
         for table in &larger {
-            match store.apply(&tables::fill(&memory, *table)) {
+            match store.apply(tables::fill(&memory, *table)) {
                 Ok(()) => {}
                 Err(Stopped::Failed(error)) => return Err(error),
                 Err(Stopped::Full(table, _)) => bail!("the larger map {} is full", table.name()),

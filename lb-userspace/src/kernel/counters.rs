@@ -27,10 +27,10 @@ impl Counters {
         Ok(Self { used: read(store)?.into_keys().collect() })
     }
 
-    /// Sets to zero what Service ports that these writes bring will count by. The writes are done thereafter, so ids that rest
-    /// in between are counted by nobody.
-    pub fn begin(&mut self, store: &Store, writes: &[Write]) -> Result<()> {
-        for id in writes.iter().filter_map(added) {
+    /// Sets to zero what Service ports of these ids will count by, before they are written. Ids that rest in between may have
+    /// been counted by connections that outlived their Service.
+    pub fn begin(&mut self, store: &Store, came: impl Iterator<Item = u32>) -> Result<()> {
+        for id in came {
             if self.used.contains(&id) {
                 if id < store.room(Table::ServiceCounters) {
                     let map = store.map(Table::ServiceCounters)?;
@@ -43,20 +43,20 @@ impl Counters {
         Ok(())
     }
 
-    /// The writes are done.
-    pub fn end(&mut self, writes: &[Write]) {
-        let gone = |write: &Write| if let Write::RemoveService(id) = write { Some(*id) } else { None };
-        self.used.extend(writes.iter().filter_map(gone));
+    /// Service ports of these ids are gone.
+    pub fn end(&mut self, gone: impl Iterator<Item = u32>) {
+        self.used.extend(gone);
     }
 }
 
-const fn added(write: &Write) -> Option<u32> {
-    if let Write::Service(id, _) = write { Some(*id) } else { None }
+/// Ids of Service ports that these writes bring.
+pub fn came(writes: &[Write]) -> impl Iterator<Item = u32> {
+    writes.iter().filter_map(|write| if let Write::Service(id, _) = write { Some(*id) } else { None })
 }
 
-/// How many counters these writes need.
-pub fn needed(writes: &[Write]) -> u32 {
-    writes.iter().filter_map(added).max().map_or(0, |id| id.saturating_add(1))
+/// Ids of Service ports that these writes take away.
+pub fn gone(writes: &[Write]) -> impl Iterator<Item = u32> {
+    writes.iter().filter_map(|write| if let Write::RemoveService(id) = write { Some(*id) } else { None })
 }
 
 /// The counters that are not zero, summed over the CPUs.

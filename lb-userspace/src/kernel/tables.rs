@@ -3,7 +3,7 @@
 //! In: [`Write`]s in order, pinned maps. Out: as few bpf(2) calls as the order allows; a [`Memory`]. A table that is full is
 //! reported, not grown, here.
 
-use std::{cell::Cell, collections::BTreeMap, io, os::fd::BorrowedFd, path::Path};
+use std::{borrow::Borrow, cell::Cell, collections::BTreeMap, io, os::fd::BorrowedFd, path::Path};
 
 use anyhow::{Context as _, Result};
 use lb_common::{
@@ -135,9 +135,10 @@ impl Store {
     }
 
     /// Applies writes in order.
-    pub fn apply(&mut self, writes: &[Write]) -> Result<(), Stopped> {
+    pub fn apply(&mut self, writes: impl IntoIterator<Item: Borrow<Write>>) -> Result<(), Stopped> {
         let mut run: Option<Run> = None;
-        for (index, write) in writes.iter().enumerate() {
+        for (index, write) in writes.into_iter().enumerate() {
+            let write = write.borrow();
             let (table, removes) = place(write);
             if let Some(done) = run.take_if(|run| (run.table, run.removes) != (table, removes)) {
                 self.flush(&done)?;
