@@ -11,6 +11,7 @@
 pub mod addr;
 pub mod affinity;
 pub mod checksum;
+pub mod count;
 pub mod decide;
 pub mod flow;
 pub mod hash;

@@ -80,6 +80,9 @@ pub struct RunArgs {
     /// Ports that masqueraded connections leave by
     #[arg(long, value_name = "FIRST-LAST", default_value = "61000-65095", value_parser = ports)]
     masquerade_ports: (u32, u32),
+    /// Count connections, packets and bytes of every Service port, for /metrics
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true", default_value = "true", value_parser = boolean, action = ArgAction::Set)]
+    service_metrics: bool,
     /// Keep the client's address wherever the endpoint is on this node
     #[arg(long)]
     preserve_client_ip: bool,
@@ -286,6 +289,7 @@ impl RunArgs {
                 flags,
                 hard_fail: config.fields.bind_address_hard_fail,
                 sync_period: config.sync_period.time(),
+                service_metrics: self.service_metrics,
             },
             config,
             conntrack,
@@ -308,6 +312,7 @@ impl RunArgs {
                 masquerade_ports,
                 #[cfg(feature = "program-log")]
                 program_log: self.program_log,
+                count_services: self.service_metrics,
             },
         })
     }
