@@ -23,6 +23,7 @@ pub mod path;
 pub mod reason;
 pub mod refuse;
 pub mod rewrite;
+pub mod sctp;
 pub mod socket;
 pub mod tables;
 
