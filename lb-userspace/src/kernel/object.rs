@@ -342,6 +342,9 @@ impl Programs {
         if program.fd().is_err() {
             let types = Btf::from_sys_fs().context("cannot read the kernel's types (CONFIG_DEBUG_INFO_BTF)")?;
             persevere(|| program.load("udp", &types)).map_err(|error| explain(NAME, error))?;
+            // They take ten megabytes, this once.
+            drop(types);
+            sys::release_memory();
         }
         let link = program.attach().and_then(|id| program.take_link(id)).context("cannot make an iterator")?;
         link.into_file().context("cannot open an iterator")
