@@ -9,6 +9,7 @@ use std::{
     sync::LazyLock,
 };
 
+use crc::{CRC_32_ISCSI, Crc};
 use lb_common::{
     addr::{Addr, Port},
     flow::tcp_flags,
@@ -21,6 +22,8 @@ use lb_common::{
     path::{Action, Hook, Scratch, egress, ingress},
     reason::{Reason, Verdict},
 };
+
+const CRC32C: Crc<u32> = Crc::<u32>::new(&CRC_32_ISCSI);
 
 const INSIDE: u32 = 3;
 const UPLINK: u32 = 7;
@@ -313,9 +316,9 @@ fn headers(frame: &Frame) -> Option<Headers> {
 }
 
 /// By how much the checksums of a packet are wrong: no translation may change that.
-fn errors(bytes: &Vec<u8>, l3: usize, v6: bool) -> Vec<u16> {
+fn errors(bytes: &Vec<u8>, l3: usize, v6: bool) -> Vec<u32> {
     // 0 and 0xffff are one number.
-    let wrong = |parts: &[&[u8]]| sum(parts) % 0xffff;
+    let wrong = |parts: &[&[u8]]| u32::from(sum(parts) % 0xffff);
     let mut headers = Headers::NONE;
     let readable = parse(bytes, l3, v6, &mut headers);
     let mut errors = Vec::new();
@@ -337,9 +340,27 @@ fn errors(bytes: &Vec<u8>, l3: usize, v6: bool) -> Vec<u16> {
         protocol::UDP if l4.len() >= 8 && l4[6..8] != [0, 0] => errors.push(wrong(&[&pseudo, l4])),
         protocol::ICMP if l4.len() >= 8 && !v6 => errors.push(wrong(&[l4])),
         protocol::ICMPV6 if l4.len() >= 8 && v6 => errors.push(wrong(&[&pseudo, l4])),
+        protocol::SCTP if headers.part == Part::Whole => errors.extend(sctp_error(&bytes[l3..], headers.l4 - l3, v6)),
         _ => {}
     }
     errors
+}
+
+/// The bits of SCTP's checksum that are wrong; `None` for a packet that says it is longer than it is.
+fn sctp_error(packet: &[u8], l4: usize, v6: bool) -> Option<u32> {
+    let length = if v6 { [packet[4], packet[5]] } else { [packet[2], packet[3]] };
+    let length = usize::from(u16::from_be_bytes(length)) + if v6 { 40 } else { 0 };
+    let segment = packet.get(l4..length)?;
+    let stored = u32::from_le_bytes(*segment.get(8..)?.first_chunk()?);
+    // A sender that leaves it to the device writes 0, which stays.
+    if stored == 0 {
+        return Some(0);
+    }
+    let mut digest = CRC32C.digest();
+    digest.update(&segment[..8]);
+    digest.update(&[0; 4]);
+    digest.update(&segment[12..]);
+    Some(stored ^ digest.finalize())
 }
 
 /// What a hook may have done to a frame.
@@ -383,9 +404,10 @@ fn judge(before: &Frame, after: &Frame, action: Action, hook: &str) {
                 (Part::Later, _) => old.l4,
                 (_, protocol::UDP) => old.l4 + 8,
                 (_, protocol::TCP) => old.l4 + 18,
-                (_, protocol::SCTP) => old.l4,
+                (_, protocol::SCTP) => old.l4 + 12,
                 _ => after.bytes.len(),
             };
+            let untouched = untouched.min(before.bytes.len());
             assert_eq!(before.bytes[untouched..], after.bytes[untouched..], "{}", says());
             assert_eq!(before.bytes[..before.l3], after.bytes[..before.l3], "{}", says());
         }
