@@ -11,6 +11,7 @@
 pub mod addr;
 pub mod affinity;
 pub mod checksum;
+pub mod count;
 pub mod decide;
 pub mod flow;
 pub mod hash;
@@ -22,6 +23,7 @@ pub mod path;
 pub mod reason;
 pub mod refuse;
 pub mod rewrite;
+pub mod sctp;
 pub mod socket;
 pub mod tables;
 

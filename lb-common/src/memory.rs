@@ -6,6 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use crate::{
     addr::{Addr, Port},
     affinity::{Affinity, AffinityKey, ticks_of_nanoseconds},
+    count::ServiceCounters,
     flow::{Flow, FlowKey, FragmentKey, FragmentPorts},
     layout::{
         Device, Endpoint, Frontend, FrontendKey, NodeAddress, PrefixKey, ServiceName, Settings, bit_index, device_flags,
@@ -112,6 +113,8 @@ pub struct Machine {
     pub fragments: BTreeMap<FragmentKey, FragmentPorts>,
     /// Clients that stay with an endpoint.
     pub affinities: BTreeMap<AffinityKey, Affinity>,
+    /// Counters by id of the Service port.
+    pub service_counters: BTreeMap<u32, ServiceCounters>,
     /// The time in seconds.
     pub now: u32,
 }
@@ -222,5 +225,9 @@ impl State for Machine {
 
     fn may_refuse(&mut self) -> bool {
         true
+    }
+
+    fn service_counters(&mut self, service: u32) -> Option<&mut ServiceCounters> {
+        Some(self.service_counters.entry(service).or_default())
     }
 }

@@ -84,6 +84,13 @@ pub const fn word(first: u16, second: u16) -> u32 {
     }
 }
 
+/// A word as the two halves that it is in memory.
+#[must_use]
+#[inline(always)]
+pub const fn word_halves(word: u32) -> [u16; 2] {
+    if cfg!(target_endian = "little") { [word as u16, (word >> 16) as u16] } else { [(word >> 16) as u16, word as u16] }
+}
+
 #[cfg(any(test, feature = "user"))]
 mod bytes {
     use super::{Covers, Difference, Packet, READ_LIMIT, Wire};

@@ -44,7 +44,8 @@ pub struct Scratch {
     pub quoted: Headers,
     /// What is asked about a new connection.
     pub question: Question,
-    /// A flow entry that is being made.
+    /// A flow entry that is being made. Behind a hook its `service` is that of the packet's connection, for
+    /// [`crate::count::packet`].
     pub flow: Flow,
 }
 

@@ -4,8 +4,9 @@ use crate::{
     addr::{Addr, Port},
     checksum::Difference,
     layout::protocol,
-    packet::{Covers, Packet, halves},
+    packet::{Covers, Packet, halves, word, word_halves},
     parse::{Headers, Part},
+    sctp,
 };
 
 /// Which end of a packet is written.
@@ -20,8 +21,7 @@ pub enum Side {
 /// Replaces the address and port of one side. `None`: the packet can't be rewritten, and may be half done.
 ///
 /// Checksums are updated by differences, which is right for complete ones and for those that the sender left to the
-/// device (`lab.md` §1). A later fragment has no port and no checksum. SCTP's CRC32c covers its ports but no
-/// addresses, so an SCTP packet keeps its port or is refused.
+/// device (`lab.md` §1). A later fragment has no port and no checksum. SCTP's checksum covers its ports but no addresses.
 #[inline(always)]
 pub fn rewrite<P: Packet>(packet: &mut P, headers: &Headers, side: Side, addr: &Addr, port: Port) -> Option<()> {
     let old = match side {
@@ -49,12 +49,34 @@ pub fn rewrite_port<P: Packet>(packet: &mut P, headers: &Headers, side: Side, po
     if old.be == port.be || matches!(headers.part, Part::Later) {
         return Some(());
     }
-    let (checksum, udp) = checksum_of(headers)?;
+    let Some((checksum, udp)) = checksum_of(headers) else { return rewrite_sctp_port(packet, headers, side, port) };
     packet.write(headers.l4.wrapping_add(offset), port.be)?;
     packet.update_checksum(checksum, Difference::NONE.port(old, port), Covers::Segment, udp)
 }
 
-/// Offset of the transport checksum and whether it is UDP's; `None` for transports whose checksum can't be updated.
+/// The same for SCTP. `None` for a fragment, too: the checksum's change depends on the length of the whole packet.
+#[inline(never)]
+fn rewrite_sctp_port<P: Packet>(packet: &mut P, headers: &Headers, side: Side, port: Port) -> Option<()> {
+    if headers.proto != protocol::SCTP || !matches!(headers.part, Part::Whole) {
+        return None;
+    }
+    let total = if headers.v6 {
+        u16::from_be(packet.read(headers.l3.wrapping_add(4))?).wrapping_add(40)
+    } else {
+        u16::from_be(packet.read(headers.l3.wrapping_add(2))?)
+    };
+    let length = total.wrapping_sub(headers.l4.wrapping_sub(headers.l3) as u16);
+    let [sport, dport, _, _, first, second] = packet.read::<[u16; 6]>(headers.l4)?;
+    let [new_sport, new_dport] = match side {
+        Side::Source => [port.be, dport],
+        Side::Destination => [sport, port.be],
+    };
+    let checksum = sctp::updated(word(first, second), word(sport, dport), word(new_sport, new_dport), length);
+    packet.write(headers.l4, [new_sport, new_dport])?;
+    packet.write(headers.l4.wrapping_add(8), word_halves(checksum))
+}
+
+/// Offset of the transport checksum and whether it is UDP's; `None` for transports that have no Internet checksum.
 #[inline(always)]
 fn checksum_of(headers: &Headers) -> Option<(usize, bool)> {
     match headers.proto {
@@ -80,7 +102,7 @@ pub fn write_addr<P: Packet>(packet: &mut P, l3: usize, v6: bool, side: Side, ol
 mod tests {
     use core::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-    use etherparse::{PacketBuilder, SlicedPacket, TransportSlice};
+    use etherparse::{IpNumber, PacketBuilder, SlicedPacket, TransportSlice};
     use proptest::prelude::*;
 
     use super::*;
@@ -150,11 +172,60 @@ mod tests {
         frame
     }
 
+    const CRC32C: crc::Crc<u32> = crc::Crc::<u32>::new(&crc::CRC_32_ISCSI);
+
+    /// An SCTP packet, with the checksum that another implementation computes.
+    fn sctp_frame(src: IpAddr, dst: IpAddr, sport: u16, dport: u16, chunks: &[u8]) -> Vec<u8> {
+        let ethernet = PacketBuilder::ethernet2([1; 6], [2; 6]);
+        let ip = match (src, dst) {
+            (IpAddr::V4(src), IpAddr::V4(dst)) => ethernet.ipv4(src.octets(), dst.octets(), 64),
+            (IpAddr::V6(src), IpAddr::V6(dst)) => ethernet.ipv6(src.octets(), dst.octets(), 64),
+            _ => unreachable!(),
+        };
+        let ports = [sport.to_be_bytes(), dport.to_be_bytes()].concat();
+        let mut packet = [&ports[..], &[1, 2, 3, 4, 0, 0, 0, 0], chunks].concat();
+        let sum = CRC32C.checksum(&packet);
+        packet[8..12].copy_from_slice(&sum.to_le_bytes());
+        let mut frame = Vec::new();
+        ip.write(&mut frame, IpNumber::SCTP, &packet).unwrap();
+        // What Ethernet pads is not the packet's.
+        frame.resize(frame.len().max(60), 0xee);
+        frame
+    }
+
+    proptest! {
+        #[test]
+        fn a_rewritten_sctp_packet_is_the_packet_sent_from_there(
+            v6: bool, addrs: [u128; 3], ports: [u16; 3], source: bool,
+            chunks in proptest::collection::vec(any::<u8>(), 0..200),
+        ) {
+            let [a, b, new] = addrs.map(|addr| if v6 {
+                IpAddr::V6(Ipv6Addr::from(addr | 1 << 127))
+            } else {
+                IpAddr::V4(Ipv4Addr::from(addr as u32))
+            });
+            let [sport, dport, new_port] = ports;
+            let mut packet = sctp_frame(a, b, sport, dport, &chunks);
+            let headers = parse(&packet, 14, v6).unwrap();
+            let side = if source { Side::Source } else { Side::Destination };
+            rewrite(&mut packet, &headers, side, &new.into(), Port::new(new_port)).unwrap();
+            let mut expected =
+                if source { sctp_frame(new, b, new_port, dport, &chunks) } else { sctp_frame(a, new, sport, new_port, &chunks) };
+            if !v6 && [&packet, &expected].iter().any(|frame| frame[24..26] == [0xff, 0xff]) {
+                // 0 and 0xffff are one number in one's complement.
+                for frame in [&mut packet, &mut expected] {
+                    frame[24..26].fill(0);
+                }
+            }
+            prop_assert_eq!(packet, expected);
+        }
+    }
+
     #[test]
-    fn an_sctp_packet_keeps_its_port_or_is_refused() {
-        let mut bytes = vec![0; 14];
-        bytes.extend([0x45, 0, 0, 32, 0, 0, 0, 0, 64, protocol::SCTP, 0, 0, 10, 0, 0, 1, 10, 0, 0, 2]);
-        bytes.extend([0, 80, 0, 80, 0, 0, 0, 0, 1, 2, 3, 4]);
+    fn an_sctp_fragment_keeps_its_port_or_is_refused() {
+        let [src, dst] = [[10, 0, 0, 1], [10, 0, 0, 2]].map(|octets| IpAddr::V4(octets.into()));
+        let mut bytes = sctp_frame(src, dst, 80, 80, &[0; 24]);
+        bytes[20] |= 0x20;
         let headers = parse(&bytes, 14, false).unwrap();
         let addr = Ipv4Addr::new(10, 9, 9, 9).into();
         assert_eq!(rewrite(&mut bytes.clone(), &headers, Side::Destination, &addr, Port::new(80)), Some(()));

@@ -3,6 +3,7 @@
 use crate::{
     addr::{Addr, Port},
     affinity::AffinityKey,
+    count,
     decide::{Choice, Decision, Question, decide},
     reason::Reason,
     tables::{State, Tables},
@@ -113,6 +114,7 @@ pub fn translate<S: State>(
                 used: 0,
             };
             remember(pair, pairs);
+            count::connection(choice.service, tables);
             (ends.addr, ends.port) = (choice.endpoint.addr, choice.endpoint.port);
             Reason::NewFlow
         }
@@ -267,6 +269,7 @@ mod tests {
             );
             assert_eq!(found, ends(endpoint));
         }
+        assert_eq!(machine.service_counters[&1].connections, 3);
     }
 
     #[test]

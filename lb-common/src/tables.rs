@@ -6,6 +6,7 @@
 use crate::{
     addr::{Addr, Port},
     affinity::{Affinity, AffinityKey},
+    count::ServiceCounters,
     flow::{Flow, FlowKey, FragmentKey, FragmentPorts},
     layout::{Device, Endpoint, Frontend, FrontendKey, NodeAddress},
 };
@@ -67,4 +68,6 @@ pub trait State: Tables {
     fn leaves_mid_flow(&self) -> bool;
     /// Whether one more refusal is within the limit.
     fn may_refuse(&mut self) -> bool;
+    /// The counters of a Service port. `None`: nothing is counted.
+    fn service_counters(&mut self, service: u32) -> Option<&mut ServiceCounters>;
 }

@@ -3,6 +3,8 @@
 //! On any other target than BPF this is an empty program, so that the workspace builds, tests and lints as a whole.
 #![cfg_attr(target_arch = "bpf", no_std, no_main)]
 
+#[cfg(all(target_arch = "bpf", feature = "program-log"))]
+mod log;
 #[cfg(target_arch = "bpf")]
 mod maps;
 #[cfg(target_arch = "bpf")]

@@ -9,6 +9,7 @@ use aya_ebpf::{
 use lb_common::{
     addr::Addr,
     affinity::{Affinity, AffinityKey},
+    count::ServiceCounters,
     flow::{Flow, FlowKey, FragmentKey, FragmentPorts},
     layout::{BIT_WORDS, Device, Endpoint, Frontend, FrontendKey, NodeAddress, Settings},
     path::Scratch,
@@ -61,6 +62,9 @@ pub static AFFINITIES: LruHashMap<AffinityKey, Affinity, 65536> = LruHashMap::ne
 /// By [`lb_common::reason::Reason`].
 #[btf_map]
 pub static COUNTERS: PerCpuArray<u64, REASONS> = PerCpuArray::new();
+/// By id of the Service port. Grows with the tables.
+#[btf_map]
+pub static SERVICE_COUNTERS: PerCpuArray<ServiceCounters, 1024> = PerCpuArray::new();
 /// Memory to work in.
 #[btf_map]
 pub static SCRATCH: PerCpuArray<Scratch, 1> = PerCpuArray::new();
@@ -89,3 +93,6 @@ pub static SOCKET_LB_ALL: Global<u32> = Global::new(0);
 /// Flags that IPv6 pseudo-header differences need: BPF_F_IPV6 from Linux 6.16, 0 where the kernel doesn't know it.
 #[unsafe(no_mangle)]
 pub static IPV6_CHECKSUM_FLAG: Global<u64> = Global::new(0);
+/// 1: what passes is counted by Service port.
+#[unsafe(no_mangle)]
+pub static COUNT_SERVICES: Global<u32> = Global::new(1);

@@ -8,6 +8,7 @@ use aya_ebpf::{
 use lb_common::{
     addr::{Addr, Port},
     affinity::{Affinity, AffinityKey, ticks_of_nanoseconds},
+    count::ServiceCounters,
     flow::{Flow, FlowKey, FragmentKey, FragmentPorts},
     layout::{BIT_WORDS, Device, Endpoint, Frontend, FrontendKey, NodeAddress, bit_index, device_flags},
     reason::Reason,
@@ -15,9 +16,9 @@ use lb_common::{
 };
 
 use crate::maps::{
-    AFFINITIES, COUNTERS, DEVICES, ENDPOINT_BITS, ENDPOINTS, ENTRIES, FLOWS, FRAGMENTS, FRONTEND_BITS, FRONTENDS,
-    LOCAL_CIDRS, MASQUERADE_FIRST, MASQUERADE_PORTS, NEW_FLOWS, NODE_ADDRESSES, Prefix, REFUSALS, SERVICE_CIDRS,
-    SETTINGS, SLOTS, SOURCE_RANGES,
+    AFFINITIES, COUNT_SERVICES, COUNTERS, DEVICES, ENDPOINT_BITS, ENDPOINTS, ENTRIES, FLOWS, FRAGMENTS, FRONTEND_BITS,
+    FRONTENDS, LOCAL_CIDRS, MASQUERADE_FIRST, MASQUERADE_PORTS, NEW_FLOWS, NODE_ADDRESSES, Prefix, REFUSALS,
+    SERVICE_CIDRS, SERVICE_COUNTERS, SETTINGS, SLOTS, SOURCE_RANGES,
 };
 
 /// So many refusals a second on each CPU; more are dropped.
@@ -285,5 +286,15 @@ impl State for Maps {
         }
         *count += 1;
         *count <= REFUSALS_PER_SECOND
+    }
+
+    #[inline(always)]
+    fn service_counters(&mut self, service: u32) -> Option<&mut ServiceCounters> {
+        // The verifier takes the rest away where it is off.
+        if COUNT_SERVICES.load() == 0 {
+            return None;
+        }
+        // SAFETY: the map's value, of this CPU alone.
+        SERVICE_COUNTERS.get_ptr_mut(service).map(|counters| unsafe { &mut *counters })
     }
 }

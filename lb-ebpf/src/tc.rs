@@ -7,6 +7,7 @@ use aya_ebpf::{
     programs::TcContext,
 };
 use lb_common::{
+    count,
     packet::Packet as _,
     path::{self, Action, Hook, Scratch},
     reason::{Reason, Verdict},
@@ -49,7 +50,9 @@ pub fn ingress(ctx: TcContext) -> i32 {
         // SAFETY: the context is valid as long as the program runs.
         unsafe { (*skb).tc_index = TRANSLATED };
     }
-    finish(action, &hook)
+    #[cfg(feature = "program-log")]
+    crate::log::packet(&ctx, "in", &hook, action.reason());
+    finish(action, &hook, skb)
 }
 
 /// Packets that leave the host.
@@ -61,7 +64,9 @@ pub fn egress(ctx: TcContext) -> i32 {
     packet.pull(hook.link_header + if hook.v6 { HEADERS_V6 } else { HEADERS_V4 });
     let Some(scratch) = scratch() else { return TC_ACT_UNSPEC };
     let action = path::egress(&mut packet, &hook, scratch, &mut Maps::of_packet(skb));
-    finish(action, &hook)
+    #[cfg(feature = "program-log")]
+    crate::log::packet(&ctx, "out", &hook, action.reason());
+    finish(action, &hook, skb)
 }
 
 /// This CPU's memory to work in. TC programs of one hook don't interrupt each other.
@@ -116,10 +121,10 @@ fn is_for_bridge(skb: *mut __sk_buff, hook: &Hook) -> bool {
 
 /// The verdict for the kernel. What is not ours, and what we have changed, goes on to the programs behind us.
 #[inline(always)]
-fn finish(action: Action, hook: &Hook) -> i32 {
+fn finish(action: Action, hook: &Hook, skb: *mut __sk_buff) -> i32 {
     // What is no Service's is most of the traffic, and others count it.
     if action.reason() != Reason::NotService {
-        Maps::count(action.reason());
+        tally(skb, action.reason());
     }
     match action {
         Action::Next(_) => TC_ACT_UNSPEC,
@@ -129,4 +134,13 @@ fn finish(action: Action, hook: &Hook) -> i32 {
         // SAFETY: the parameters may be absent (Linux 5.10).
         Action::Bridge(bridge, _) => (unsafe { bpf_redirect_neigh(bridge, core::ptr::null_mut(), 0, 0) }) as i32,
     }
+}
+
+/// Counts a packet by its reason, and for its Service port. Apart, and finding everything anew, for the stack's sake.
+#[inline(never)]
+fn tally(skb: *mut __sk_buff, reason: Reason) {
+    Maps::count(reason);
+    let Some(scratch) = scratch() else { return };
+    let bytes = (Skb { skb }).len().wrapping_sub(LINK_HEADER.load() as usize);
+    count::packet(reason, scratch.flow.service, bytes, &mut Maps::of_packet(skb));
 }

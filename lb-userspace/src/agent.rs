@@ -7,6 +7,7 @@ pub mod door;
 pub mod report;
 
 use std::{
+    borrow::Borrow,
     net::IpAddr,
     path::Path,
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
@@ -16,6 +17,7 @@ use anyhow::{Context as _, Result, bail};
 use lb_common::{
     addr::Addr,
     layout::{frontend_flags, node_flags},
+    memory::Memory,
 };
 use tokio::{
     signal::unix::{SignalKind, signal},
@@ -30,7 +32,7 @@ use self::{
 use crate::{
     config::Config,
     events::{Events, Happening},
-    image::Image,
+    image::{Image, Write, difference},
     kernel::{
         self, Kernel,
         devices::{Snapshot, watch::Watch},
@@ -115,6 +117,8 @@ pub async fn run(options: Options) -> Result<()> {
 struct Agent {
     pipeline: Pipeline,
     kernel: Kernel,
+    /// What was in the tables before the first list.
+    adopted: Memory,
     options: NodeOptions,
     snapshot: Snapshot,
     /// The primary addresses with which the rows of this snapshot's devices were made, if they were.
@@ -155,7 +159,7 @@ impl Agent {
         };
         let kernel = Kernel::open(options.kernel.clone())?;
         let memory = kernel.memory().context("reading what is pinned")?;
-        let adopted = memory.frontends.len();
+        let adopted = memory.clone();
         let image = Image::restore(memory, 0);
         let leaves_mid_flow = kernel.is_detached()?.then(kernel::older_connections_until);
         info!(
@@ -163,7 +167,7 @@ impl Agent {
             bpffs = %options.kernel.bpffs.display(),
             attach = ?kernel.mechanism(),
             socket_lb = ?options.kernel.socket_lb,
-            adopted_frontends = adopted,
+            adopted_frontends = adopted.frontends.len(),
             "waiting for the first list"
         );
         let serve = Serve::start(options.serve.clone(), options.kernel.bpffs.clone(), events.clone())?;
@@ -181,6 +185,7 @@ impl Agent {
         Ok(Self {
             pipeline: Pipeline::new(&options.node, options.node_options.clone(), image),
             kernel,
+            adopted,
             options: options.node_options.clone(),
             snapshot: Snapshot::default(),
             rows_of: None,
@@ -226,12 +231,9 @@ impl Agent {
         self.take_in(update);
         self.begun = true;
         self.set_devices(snapshot);
-        self.compile();
+        self.compile_first();
         self.kernel.verified()?;
         self.attach_devices();
-        let now = self.now();
-        let writes = self.pipeline.sweep(now);
-        self.write(&writes);
         self.attach_sockets();
         if let Err(error) = self.kernel.reserve_ports() {
             let text = format!(
@@ -349,11 +351,37 @@ impl Agent {
             return;
         }
         let begin = Instant::now();
-        let now = self.now();
+        let writes = self.plan();
+        debug!(writes = writes.len(), milliseconds = self.milliseconds(), "planned");
+        self.write(&writes);
+        self.end_change(begin, writes.len());
+    }
+
+    /// Makes the tables that were adopted those of the first list.
+    fn compile_first(&mut self) {
+        let begin = Instant::now();
+        self.pipeline.image_mut().set_silent(true);
+        self.plan();
+        self.pipeline.sweep(self.now());
+        self.pipeline.image_mut().set_silent(false);
+        debug!(milliseconds = self.milliseconds(), "planned");
+        let (old, new) = (std::mem::take(&mut self.adopted), self.pipeline.image().memory());
+        let mut count = 0;
+        let families = families(difference(&old, new).inspect(|_| count += 1));
+        let moment = self.begin_write(&families);
+        if count != 0 {
+            let result = self.kernel.fill(&old, new);
+            self.end_write(result, &families, moment);
+        }
+        self.end_change(begin, count);
+    }
+
+    /// The writes that follow from everything taken in.
+    fn plan(&mut self) -> Vec<Write> {
         // First, or an agent that dies meanwhile would leave frontends to packets of older connections.
         let until = self.leaves_mid_flow;
         let mut writes = until.map(|until| self.pipeline.image_mut().leave_mid_flow(until)).unwrap_or_default();
-        writes.extend(self.pipeline.compile(now));
+        writes.extend(self.pipeline.compile(self.now()));
         // The node's primary addresses, which rows of devices depend on, are known only now.
         let primary = &self.pipeline.view().primary;
         if self.rows_of.as_ref() != Some(primary) {
@@ -361,17 +389,19 @@ impl Agent {
             self.rows_of = Some(primary.clone());
             writes.extend(self.pipeline.image_mut().set_devices(&rows));
         }
-        debug!(writes = writes.len(), milliseconds = self.milliseconds(), "planned");
         self.serve.metrics().nothing_pending();
-        self.write(&writes);
+        writes
+    }
+
+    fn end_change(&mut self, begin: Instant, writes: usize) {
         self.full = self.failed.is_some();
         self.taken = None;
         self.publish();
         debug!(milliseconds = self.milliseconds(), "written");
-        if !writes.is_empty() {
+        if writes != 0 {
             self.report.last_change = Some(LastChange {
                 at: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
-                writes: writes.len(),
+                writes,
                 microseconds: u64::try_from(begin.elapsed().as_micros()).unwrap_or(u64::MAX),
             });
         }
@@ -407,18 +437,30 @@ impl Agent {
         }
     }
 
-    fn write(&mut self, writes: &[crate::image::Write]) {
+    fn write(&mut self, writes: &[Write]) {
         let families = families(writes);
-        let begin = Moment::now();
-        self.serve.health().queued(&families, begin);
-        self.serve.metrics().queued(&families);
+        let begin = self.begin_write(&families);
         if writes.is_empty() || self.failed.is_some() {
             return;
         }
         let result = self.kernel.apply(writes);
+        self.end_write(result, &families, begin);
+        if self.failed.is_none() && self.look.is_none() && sockets::concerns(writes, self.pipeline.image().memory()) {
+            self.look = Some(TokioInstant::now() + SETTLING);
+        }
+    }
+
+    fn begin_write(&self, families: &[Family]) -> Moment {
+        let now = Moment::now();
+        self.serve.health().queued(families, now);
+        self.serve.metrics().queued(families);
+        now
+    }
+
+    fn end_write(&mut self, result: Result<()>, families: &[Family], begin: Moment) {
         self.serve.metrics().set_written(self.kernel.statistics());
         if let Err(error) = result {
-            self.serve.metrics().failed(&families);
+            self.serve.metrics().failed(families);
             let text = format!("{error:#}");
             error!(error = text, "the tables could not be written; trying again");
             self.failed = Some(text);
@@ -426,11 +468,8 @@ impl Agent {
             self.alarm = TokioInstant::now() + RETRY;
             return;
         }
-        self.serve.health().updated(&families, Moment::now());
-        self.serve.metrics().synced(&families, self.taken.unwrap_or(begin.counted).elapsed(), self.full);
-        if self.look.is_none() && sockets::concerns(writes, self.pipeline.image().memory()) {
-            self.look = Some(TokioInstant::now() + SETTLING);
-        }
+        self.serve.health().updated(families, Moment::now());
+        self.serve.metrics().synced(families, self.taken.unwrap_or(begin.counted).elapsed(), self.full);
     }
 
     fn end_sockets(&mut self) {
@@ -573,9 +612,11 @@ impl Agent {
 }
 
 /// The families whose plan these writes carry out.
-fn families(writes: &[crate::image::Write]) -> Vec<Family> {
-    let (v4, v6) =
-        writes.iter().map(crate::image::Write::families).fold((false, false), |(v4, v6), one| (v4 | one.0, v6 | one.1));
+fn families(writes: impl IntoIterator<Item: Borrow<Write>>) -> Vec<Family> {
+    let (v4, v6) = writes
+        .into_iter()
+        .map(|write| write.borrow().families())
+        .fold((false, false), |(v4, v6), one| (v4 | one.0, v6 | one.1));
     [(v4, Family::V4), (v6, Family::V6)].into_iter().filter(|(any, _)| *any).map(|(_, family)| family).collect()
 }
 

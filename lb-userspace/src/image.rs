@@ -4,6 +4,7 @@
 //! An observer who reads the tables after any single write sees of each frontend the old endpoints or the new ones.
 
 mod bits;
+mod difference;
 mod ids;
 mod name;
 mod node;
@@ -14,7 +15,10 @@ mod sorted;
 mod tests;
 mod write;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 
 use lb_common::{
     addr::{Addr, Port},
@@ -23,7 +27,10 @@ use lb_common::{
 };
 
 use self::{bits::Bits, ids::Ids, slots::Slots, sorted::Sorted};
-pub use self::{bits::FLOW_LIFE, ids::GRACE, name::text as service_name, node::prefix_key, write::Write};
+pub use self::{
+    bits::FLOW_LIFE, difference::difference, ids::GRACE, name::decode as port_name, name::text as service_name,
+    node::prefix_key, write::Write,
+};
 use crate::plan::{PortName, PortPlan, Step};
 
 /// What is in the kernel's tables, and who uses what of it.
@@ -40,6 +47,8 @@ pub struct Image {
     endpoint_bits: Bits,
     most_frontends: usize,
     most_source_ranges: usize,
+    /// Whether nobody asks for the writes.
+    silent: bool,
 }
 
 /// What of the tables belongs to a Service port.
@@ -78,22 +87,28 @@ pub struct Capacity {
 
 /// Writes of a step by kind, in the order in which they are done: first everything new, then what switches packets over, then
 /// what nobody asks for any more. Neighbours of one kind make a batch.
-#[derive(Default)]
 struct Writes {
-    endpoints: Vec<Write>,
-    slots: Vec<Write>,
-    services: Vec<Write>,
-    source_ranges: Vec<Write>,
-    endpoint_bits: Vec<Write>,
-    frontend_bits: Vec<Write>,
-    frontends: Vec<Write>,
-    removed_frontends: Vec<Write>,
-    removed: Vec<Write>,
+    endpoints: List,
+    slots: List,
+    services: List,
+    source_ranges: List,
+    endpoint_bits: List,
+    frontend_bits: List,
+    frontends: List,
+    removed_frontends: List,
+    removed: List,
+}
+
+/// Writes in order, or nothing where nobody asks for them.
+#[derive(Clone, Default)]
+struct List {
+    silent: bool,
+    writes: Vec<Write>,
 }
 
 impl Writes {
     fn into_list(self) -> Vec<Write> {
-        let mut list = self.endpoints;
+        let mut list = self.endpoints.writes;
         for more in [
             self.slots,
             self.services,
@@ -104,16 +119,18 @@ impl Writes {
             self.removed_frontends,
             self.removed,
         ] {
-            list.extend(more);
+            list.extend(more.writes);
         }
         list
     }
 }
 
 /// Does a write to the memory and lists it.
-fn put(memory: &mut Memory, list: &mut Vec<Write>, write: Write) {
+fn put(memory: &mut Memory, list: &mut List, write: Write) {
     write.apply(memory);
-    list.push(write);
+    if !list.silent {
+        list.writes.push(write);
+    }
 }
 
 impl Image {
@@ -127,6 +144,31 @@ impl Image {
     #[must_use]
     pub fn into_memory(self) -> Memory {
         self.memory
+    }
+
+    /// Stops to list writes, or begins again. A first list leads to hundreds of thousands, which [`difference`] finds afterwards,
+    /// one by one.
+    pub const fn set_silent(&mut self, silent: bool) {
+        self.silent = silent;
+    }
+
+    fn list(&self) -> List {
+        List { silent: self.silent, writes: Vec::new() }
+    }
+
+    fn writes(&self) -> Writes {
+        let list = self.list();
+        Writes {
+            endpoints: list.clone(),
+            slots: list.clone(),
+            services: list.clone(),
+            source_ranges: list.clone(),
+            endpoint_bits: list.clone(),
+            frontend_bits: list.clone(),
+            frontends: list.clone(),
+            removed_frontends: list.clone(),
+            removed: list,
+        }
     }
 
     /// The id of a Service port.
@@ -155,7 +197,7 @@ impl Image {
     /// Makes the tables follow a step of the plan. `now` is in seconds of a clock that doesn't go back.
     pub fn apply(&mut self, step: &Step, now: u64) -> Vec<Write> {
         self.release(now);
-        let mut writes = Writes::default();
+        let mut writes = self.writes();
         for plan in step.ports.values().flatten() {
             self.add(plan, &mut writes);
         }
@@ -171,14 +213,14 @@ impl Image {
             self.remove_frontend(FrontendKey::any_port(addr), now, &mut writes);
         }
         for (name, plan) in &step.ports {
-            self.leave(name, plan.as_ref(), now, &mut writes);
+            self.leave(name, plan.as_deref(), now, &mut writes);
         }
         writes.into_list()
     }
 
     /// Makes the tables follow the plan of one Service port, or its absence.
     pub fn set_port(&mut self, name: &PortName, plan: Option<&PortPlan>, now: u64) -> Vec<Write> {
-        self.apply(&Step { ports: [(name.clone(), plan.cloned())].into(), ..Step::default() }, now)
+        self.apply(&Step { ports: [(name.clone(), plan.cloned().map(Arc::new))].into(), ..Step::default() }, now)
     }
 
     /// Makes other ports of an address refused, or not.
@@ -193,7 +235,7 @@ impl Image {
         let unplanned = refusing.map(|key| key.addr).filter(|addr| !any_port.contains(addr));
         let step = Step { ports: gone.collect(), any_port: unplanned.map(|addr| (addr, false)).collect() };
         let mut list = self.apply(&step, now);
-        let mut writes = Writes::default();
+        let mut writes = self.writes();
         self.remove_strays(now, &mut writes);
         list.extend(writes.into_list());
         list
@@ -207,14 +249,14 @@ impl Image {
 
     /// Clears the bits that nobody has used for the usual life of a flow, and that no flow names now.
     pub fn expire(&mut self, now: u64, frontends: &BTreeSet<u32>, endpoints: &BTreeSet<u32>) -> Vec<Write> {
-        let mut list = Vec::new();
+        let mut list = self.list();
         for bit in self.frontend_bits.expire(now, frontends) {
             put(&mut self.memory, &mut list, Write::ClearFrontendBit(bit));
         }
         for bit in self.endpoint_bits.expire(now, endpoints) {
             put(&mut self.memory, &mut list, Write::ClearEndpointBit(bit));
         }
-        list
+        list.writes
     }
 
     fn release(&mut self, now: u64) {

@@ -4,10 +4,13 @@
 //! pinned and clears nothing; programs are attached when the caller says so. What a write means is not known here.
 
 pub mod cleanup;
+mod counters;
 pub mod devices;
 pub mod folder;
 pub mod kube_proxy;
 pub mod links;
+#[cfg(feature = "program-log")]
+mod log;
 mod netlink;
 pub mod object;
 mod older;
@@ -19,7 +22,12 @@ mod sys;
 pub mod sysctls;
 pub mod tables;
 
-use std::{collections::BTreeSet, fs, os::fd::AsFd as _, path::PathBuf};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs,
+    os::fd::AsFd as _,
+    path::PathBuf,
+};
 
 use anyhow::{Context as _, Result, bail};
 use lb_common::{
@@ -29,13 +37,17 @@ use lb_common::{
 use tracing::{info, warn};
 
 use self::{
+    counters::Counters,
     devices::Snapshot,
     folder::{Cgroup, Folder},
     links::{Attached, Links, Port},
     object::{Capacity, Constants, Programs, Table},
     tables::{Statistics, Stopped, Store},
 };
-use crate::{image::Write, plan::Expected};
+use crate::{
+    image::{Write, difference},
+    plan::Expected,
+};
 
 pub use self::{
     older::{older_connections_until, programs_now},
@@ -85,6 +97,11 @@ pub struct Options {
     pub masquerade_first: u32,
     /// How many ports from there on.
     pub masquerade_ports: u32,
+    /// From which level on the programs log: 0 nothing, 5 every packet.
+    #[cfg(feature = "program-log")]
+    pub program_log: u8,
+    /// Whether what passes is counted by Service port.
+    pub count_services: bool,
 }
 
 impl Default for Options {
@@ -98,6 +115,9 @@ impl Default for Options {
             affinities: object::DEFAULT_AFFINITIES,
             masquerade_first: 61_000,
             masquerade_ports: 4_096,
+            #[cfg(feature = "program-log")]
+            program_log: 0,
+            count_services: true,
         }
     }
 }
@@ -107,6 +127,7 @@ impl Default for Options {
 struct Tables {
     generation: u64,
     store: Store,
+    counters: Counters,
     programs: Programs,
 }
 
@@ -117,7 +138,8 @@ impl Tables {
         make_dir(&dir)?;
         let programs = Programs::load(&dir, &folder.flows(), capacity, constants, options)?;
         finish(folder, 1)?;
-        Ok(Self { generation: 1, store: Store::open(&folder.generation(1), Statistics::default())?, programs })
+        let store = Store::open(&folder.generation(1), Statistics::default())?;
+        Ok(Self { generation: 1, store, counters: Counters::default(), programs })
     }
 
     /// Adopts what is pinned.
@@ -128,7 +150,9 @@ impl Tables {
             object::open_table(&dir, table)?;
         }
         let programs = Programs::load(&dir, &folder.flows(), &Capacity::default(), constants, options)?;
-        Ok(Self { generation, store: Store::open(&dir, Statistics::default())?, programs })
+        let store = Store::open(&dir, Statistics::default())?;
+        let counters = Counters::adopt(&store)?;
+        Ok(Self { generation, store, counters, programs })
     }
 }
 
@@ -199,6 +223,9 @@ impl Kernel {
             info!("an agent ended while tables grew; the next attachment completes it");
         }
         kernel.open_cgroup()?;
+        // An agent that counted nothing may have left fewer counters than there are Services.
+        let services = kernel.tables.as_ref().map_or_else(|| Ok(BTreeMap::new()), |tables| tables.store.services())?;
+        kernel.make_counters(services.last_key_value().map_or(0, |(id, _)| id.saturating_add(1)), Capacity::of)?;
         Ok(kernel)
     }
 
@@ -253,14 +280,62 @@ impl Kernel {
     /// Does the writes in order. Tables are made if there are none, and grow where they must.
     pub fn apply(&mut self, writes: &[Write]) -> Result<()> {
         let mut rest = writes;
+        let after = |memory: &Memory, rest: &[Write]| {
+            let mut after = memory.clone();
+            tables::add_to(&mut after, rest);
+            Capacity::of(&after)
+        };
+        self.tables_for(|| tables::capacity(rest))?;
+        let needed = counters::came(writes).max().map_or(0, |id| id.saturating_add(1));
+        self.make_counters(needed, |memory| after(memory, writes))?;
         loop {
-            match self.tables_for(|| tables::capacity(rest))?.store.apply(rest) {
-                Ok(()) => return Ok(()),
+            let Tables { store, counters, .. } = self.tables_for(|| tables::capacity(rest))?;
+            counters.begin(store, counters::came(rest))?;
+            match store.apply(rest) {
+                Ok(()) => {
+                    counters.end(counters::gone(writes));
+                    return Ok(());
+                }
                 Err(Stopped::Failed(error)) => return Err(error),
                 Err(Stopped::Full(table, index)) => {
                     rest = rest.get(index..).unwrap_or_default();
-                    self.grow(table, rest)?;
+                    self.grow(table, |memory| after(memory, rest))?;
                 }
+            }
+        }
+    }
+
+    /// Makes room for so many counters, if anything is counted.
+    fn make_counters(&mut self, needed: u32, capacity: impl FnOnce(&Memory) -> Capacity) -> Result<()> {
+        let counts = self.options.count_services && self.tables.is_some();
+        if counts && needed > self.room(Table::ServiceCounters) {
+            self.grow(Table::ServiceCounters, capacity)?;
+        }
+        Ok(())
+    }
+
+    /// Makes the tables new ones, where they are the old ones. Takes no more memory than they do.
+    pub fn fill(&mut self, old: &Memory, new: &Memory) -> Result<()> {
+        let both = |memory: &Memory| {
+            let mut capacity = Capacity::of(new);
+            let there = Capacity::of(memory);
+            Table::ALL.into_iter().for_each(|table| capacity.require(table, there.needs(table)));
+            capacity
+        };
+        self.tables_for(|| Capacity::of(new))?;
+        self.make_counters(Capacity::of(new).needs(Table::ServiceCounters), both)?;
+        loop {
+            let Tables { store, counters, .. } = self.tables_for(|| Capacity::of(new))?;
+            let came = new.services.iter().filter(|(id, name)| old.services.get(id) != Some(name));
+            counters.begin(store, came.map(|(id, _)| *id))?;
+            match store.apply(difference(old, new)) {
+                Ok(()) => {
+                    counters.end(old.services.keys().filter(|id| !new.services.contains_key(id)).copied());
+                    return Ok(());
+                }
+                Err(Stopped::Failed(error)) => return Err(error),
+                // What has been written is written again.
+                Err(Stopped::Full(table, _)) => self.grow(table, both)?,
             }
         }
     }
@@ -277,18 +352,16 @@ impl Kernel {
     }
 
     /// Makes a larger generation of the tables, complete before the first program uses it.
-    fn grow(&mut self, full: Table, writes: &[Write]) -> Result<()> {
+    fn grow(&mut self, full: Table, capacity: impl FnOnce(&Memory) -> Capacity) -> Result<()> {
         let Self { folder, constants, options, tables, links, cgroup, ports, sockets, wanted_ports: _ } = self;
         let tables = tables.as_mut().context("there are no tables")?;
         let old = &tables.store;
         let memory = old.read()?;
-        let mut after = memory.clone();
-        tables::add_to(&mut after, writes);
-        let capacity = Capacity::of(&after);
-        drop(after);
+        let capacity = capacity(&memory);
         let larger: Vec<Table> = Table::ALL
             .into_iter()
             .filter(|table| *table == full || capacity.needs(*table) > old.room(*table))
+            .filter(|table| options.count_services || *table != Table::ServiceCounters)
             .collect();
         if capacity.entries(full) <= old.room(full) {
             bail!("map {} is full at {} entries and can't grow", full.name(), old.room(full));
@@ -310,13 +383,16 @@ impl Kernel {
         let statistics = old.statistics();
         let mut store = Store::open(&dir, Statistics { growths: statistics.growths + 1, ..statistics })?;
         for table in &larger {
-            match store.apply(&tables::fill(&memory, *table)) {
+            match store.apply(tables::fill(&memory, *table)) {
                 Ok(()) => {}
                 Err(Stopped::Failed(error)) => return Err(error),
                 Err(Stopped::Full(table, _)) => bail!("the larger map {} is full", table.name()),
             }
         }
         programs.verified()?;
+        if larger.contains(&Table::ServiceCounters) {
+            counters::copy(old, &store)?;
+        }
         finish(folder, next)?;
         ports.retain(|port| match links.attach(&mut programs, port) {
             Ok(()) => true,
@@ -337,7 +413,8 @@ impl Kernel {
             *sockets = false;
         }
         info!(table = full.name(), generation = next, room = store.room(full), "tables have grown");
-        *tables = Tables { generation: next, store, programs };
+        let counters = std::mem::take(&mut tables.counters);
+        *tables = Tables { generation: next, store, counters, programs };
         // Links that this process has not attached yet still run programs of the old maps.
         self.remove_old_generations()?;
         Ok(())

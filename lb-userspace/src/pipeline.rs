@@ -43,23 +43,20 @@ pub struct Pipeline {
     endpoints_changed: Vec<(bool, i64)>,
 }
 
-/// Services that have endpoints, but none here, where a policy is Local.
+/// Service ports that have endpoints, but none here, where a policy is Local.
 #[derive(Debug, Default)]
 struct Lacking {
-    /// A bit for each of `counts`.
-    services: BTreeMap<ObjectName, [bool; 4]>,
+    /// Those of a Service, for each of `counts`.
+    services: BTreeMap<ObjectName, [usize; 4]>,
     counts: [usize; 4],
 }
 
 impl Lacking {
-    fn set(&mut self, service: &ObjectName, lacks: [bool; 4]) {
-        let old = if lacks == [false; 4] {
-            self.services.remove(service)
-        } else {
-            self.services.insert(service.clone(), lacks)
-        };
+    fn set(&mut self, service: &ObjectName, lacks: [usize; 4]) {
+        let old =
+            if lacks == [0; 4] { self.services.remove(service) } else { self.services.insert(service.clone(), lacks) };
         for ((count, new), old) in self.counts.iter_mut().zip(lacks).zip(old.unwrap_or_default()) {
-            *count = *count + usize::from(new) - usize::from(old);
+            *count = *count + new - old;
         }
     }
 }
@@ -136,7 +133,7 @@ impl Pipeline {
         changed.into_iter().map(|name| (name.clone(), self.health_checks.get(&name).copied())).collect()
     }
 
-    /// How many Services have endpoints, but none here, where a policy is Local: for clients inside, and outside.
+    /// How many Service ports have endpoints, but none here, where a policy is Local: for clients inside, and outside.
     #[must_use]
     pub const fn lacking_local_endpoints(&self, v4: bool) -> (usize, usize) {
         let [v4_in, v4_out, v6_in, v6_out] = self.lacking.counts;
@@ -246,7 +243,7 @@ impl Pipeline {
         if had != check {
             self.changed_checks.insert(service.clone());
         }
-        let lacks = plan.as_ref().map(|plan| [true, false].map(|v4| plan.lacks_local_endpoints(v4)));
+        let lacks = plan.as_ref().map(|plan| [true, false].map(|v4| plan.ports_without_local_endpoints(v4)));
         let lacks = lacks.map(|[v4, v6]| [v4.0, v4.1, v6.0, v6.1]);
         self.lacking.set(service, lacks.unwrap_or_default());
         let step = self.planner.update(service, plan, age);

@@ -125,12 +125,15 @@ pub struct HealthCheck {
 }
 
 impl ServicePlan {
-    /// Whether policy Local leaves clients inside, and clients outside, without the endpoints that are elsewhere.
+    /// Of how many ports policy Local leaves clients inside, and clients outside, without the endpoints that are elsewhere.
     #[must_use]
-    pub fn lacks_local_endpoints(&self, v4: bool) -> (bool, bool) {
-        let frontends = || self.ports.iter().flat_map(|port| &port.frontends).filter(|it| it.key.addr.is_v4() == v4);
-        let inside = frontends().any(|it| it.internal.is_empty() && it.flags & frontend_flags::INTERNAL_DROP != 0);
-        let outside = frontends().any(|it| it.external.is_empty() && it.flags & frontend_flags::EXTERNAL_DROP != 0);
+    pub fn ports_without_local_endpoints(&self, v4: bool) -> (usize, usize) {
+        let lack = |lacks: fn(&PlannedFrontend) -> bool| {
+            let of_family = |it: &&PlannedFrontend| it.key.addr.is_v4() == v4;
+            self.ports.iter().filter(|port| port.frontends.iter().filter(of_family).any(lacks)).count()
+        };
+        let inside = lack(|it| it.internal.is_empty() && it.flags & frontend_flags::INTERNAL_DROP != 0);
+        let outside = lack(|it| it.external.is_empty() && it.flags & frontend_flags::EXTERNAL_DROP != 0);
         (inside, outside)
     }
 }

@@ -52,6 +52,8 @@ pub struct Options {
     pub hard_fail: bool,
     /// `syncPeriod` of the mode in force: what isn't effective after two of them makes the node unhealthy.
     pub sync_period: Duration,
+    /// Whether the programs count by Service port.
+    pub service_metrics: bool,
 }
 
 impl Default for Options {
@@ -64,6 +66,7 @@ impl Default for Options {
             flags: Vec::new(),
             hard_fail: false,
             sync_period: Duration::from_secs(30),
+            service_metrics: true,
         }
     }
 }
@@ -89,7 +92,7 @@ impl Serve {
     /// When there can be no thread.
     pub fn start(options: Options, bpffs: PathBuf, events: Events) -> Result<Self> {
         let health = Arc::new(Health::new(options.sync_period * 2));
-        let metrics = Arc::new(Metrics::new(options.mode, bpffs)?);
+        let metrics = Arc::new(Metrics::new(options.mode, bpffs, options.service_metrics)?);
         let troubles = Troubles::new(events);
         let (checks, changed) = mpsc::unbounded_channel();
         let (failed, fatal) = mpsc::channel(1);
@@ -158,7 +161,8 @@ fn services(
     metrics: &Arc<Metrics>,
     failed: &mpsc::Sender<Trouble>,
 ) -> Vec<(listen::Service, axum::Router)> {
-    let Options { healthz, metrics: bound, mode, configuration, flags, hard_fail, sync_period: _ } = options;
+    let Options { healthz, metrics: bound, mode, configuration, flags, hard_fail, sync_period: _, service_metrics: _ } =
+        options;
     let service =
         |address, name, reason| listen::Service { address, name, reason, fatal: hard_fail.then(|| failed.clone()) };
     let pages = Pages { metrics: metrics.clone(), mode, configuration, flags, pings: AtomicU64::new(0) };

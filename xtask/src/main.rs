@@ -3,6 +3,7 @@
 mod check;
 mod cluster;
 mod demo;
+mod fuzz;
 mod interrupt;
 mod kernels;
 mod process;
@@ -32,6 +33,8 @@ enum Task {
     Test(test::Options),
     /// Check format, lints, the eBPF object and what is counted (root), or with --kernel the agent on other kernels
     Check(check::Options),
+    /// Look for inputs that make what reads packets fail, with libFuzzer
+    Fuzz(fuzz::Options),
     /// A real control plane and agents on it, to look at (root)
     Cluster(cluster::Options),
     /// Install what building and testing need and isn't there; asks nothing
@@ -48,6 +51,7 @@ fn main() -> ExitCode {
         Task::Demo(options) => demo::run(&options),
         Task::Test(options) => test::run(&options),
         Task::Check(options) => check::run(&options),
+        Task::Fuzz(options) => fuzz::run(&options),
         Task::Cluster(options) => cluster::run(&options),
         Task::Setup(options) => setup::run(&options),
         Task::Scale(options) => scale::run(&options),

@@ -108,6 +108,16 @@ pub fn ensure_cluster() -> Result<bool> {
     ensure_some(cluster_needs(), "install Go 1.26 or newer and openssl from your distribution; what is missing")
 }
 
+/// Installs what libFuzzer is compiled with and isn't there; true if something was missing.
+pub fn ensure_fuzzer() -> Result<bool> {
+    let needs = vec![Need {
+        packages: &["g++"],
+        why: "libFuzzer is compiled by a C++ compiler",
+        found: workspace::find_program("c++").is_some(),
+    }];
+    ensure_some(needs, "install a C++ compiler from your distribution")
+}
+
 fn ensure_some(needs: Vec<Need>, elsewhere: &str) -> Result<bool> {
     let missing: Vec<Need> = needs.into_iter().filter(|need| !need.found).collect();
     if missing.is_empty() {

@@ -98,6 +98,7 @@ fn reply<P: Packet, S: State>(packet: &mut P, headers: &Headers, scratch: &mut F
     let key = FlowKey::new(Kind::Forwarded, headers.dst, headers.dport, headers.src, headers.sport, headers.proto);
     let now = state.now();
     let flow = state.flow(&key)?;
+    scratch.service = flow.service;
     // A new connection straight to the endpoint may reuse the ports of a closed one through a frontend.
     if headers.tcp & tcp_flags::SYN != 0 && flow.state & state::CLOSING != 0 {
         return None;

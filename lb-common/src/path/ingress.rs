@@ -95,6 +95,7 @@ fn known<P: Packet, S: State>(packet: &mut P, headers: &Headers, scratch: &mut F
     let key = FlowKey::new(Kind::Request, headers.src, headers.sport, headers.dst, headers.dport, headers.proto);
     let now = state.now();
     let flow = state.flow(&key)?;
+    scratch.service = flow.service;
     if flow.is_idle(headers.proto, now) {
         return None;
     }

@@ -147,7 +147,7 @@ fn note_client<S: State>(flow: &Flow, state: &mut S) {
 fn remember<S: State>(flow: &mut Flow, proto: u8, state: &mut S) -> bool {
     let mut attempt = 0;
     while is_taken(flow, proto, state) {
-        if attempt == SHIFTS || proto == protocol::SCTP {
+        if attempt == SHIFTS {
             return false;
         }
         let seed = hash::tuple(&flow.client, flow.client_port, &flow.frontend, flow.frontend_port);

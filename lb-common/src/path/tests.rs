@@ -2,6 +2,7 @@
 #![expect(clippy::wildcard_enum_match_arm, reason = "what else there is is a failure")]
 
 mod affinity;
+mod count;
 
 use core::net::{IpAddr, SocketAddr};
 

@@ -80,6 +80,9 @@ pub struct RunArgs {
     /// Ports that masqueraded connections leave by
     #[arg(long, value_name = "FIRST-LAST", default_value = "61000-65095", value_parser = ports)]
     masquerade_ports: (u32, u32),
+    /// Count connections, packets and bytes of every Service port, for /metrics
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true", default_value = "true", value_parser = boolean, action = ArgAction::Set)]
+    service_metrics: bool,
     /// Keep the client's address wherever the endpoint is on this node
     #[arg(long)]
     preserve_client_ip: bool,
@@ -89,6 +92,11 @@ pub struct RunArgs {
     /// Which log lines are written: error, warn, info, debug, or a filter of `tracing`; goes before -v
     #[arg(long, value_name = "FILTER", env = "FAIRLEAD_LOG")]
     log_level: Option<String>,
+    /// What the kernel programs log: 0 nothing, 3 refusals and drops, 4 translated packets too, 5 every packet; what --log-level
+    /// leaves out is not written
+    #[cfg(feature = "program-log")]
+    #[arg(long, value_name = "LEVEL", default_value_t = 0, value_parser = clap::value_parser!(u8).range(..=5))]
+    program_log: u8,
     #[command(flatten)]
     flags: Flags,
     #[arg(hide = true)]
@@ -281,6 +289,7 @@ impl RunArgs {
                 flags,
                 hard_fail: config.fields.bind_address_hard_fail,
                 sync_period: config.sync_period.time(),
+                service_metrics: self.service_metrics,
             },
             config,
             conntrack,
@@ -301,6 +310,9 @@ impl RunArgs {
                 flows: self.flows.unwrap_or_else(|| kernel::Options::default().flows),
                 masquerade_first,
                 masquerade_ports,
+                #[cfg(feature = "program-log")]
+                program_log: self.program_log,
+                count_services: self.service_metrics,
             },
         })
     }

@@ -69,9 +69,9 @@ impl Image {
     }
 
     fn put_all(&mut self, writes: impl IntoIterator<Item = Write>) -> Vec<Write> {
-        let mut list = Vec::new();
+        let mut list = self.list();
         writes.into_iter().for_each(|write| put(&mut self.memory, &mut list, write));
-        list
+        list.writes
     }
 }
 

@@ -321,6 +321,38 @@ proptest! {
     }
 
     #[test]
+    fn a_restart_that_lists_no_writes_finds_them_by_comparing(changes in changes(8), missed in changes(4), done in 0.0..1.0) {
+        let (mut planner, mut image) = (Planner::default(), Image::default());
+        for (service, sketch, _) in changes {
+            image.apply(&update(&mut planner, service, sketch.as_ref()), 0);
+        }
+        let mut kernel = image.memory().clone();
+        let old = view(&kernel);
+        let mut image = Image::restore(kernel.clone(), 10);
+        let mut planner = Planner::default();
+        for (service, sketch, _) in missed {
+            update(&mut planner, service, sketch.as_ref());
+        }
+        image.set_silent(true);
+        prop_assert_eq!(image.apply(&everything(&planner), 10), []);
+        prop_assert_eq!(sweep(&mut image, &planner, 10), []);
+        let writes: Vec<Write> = difference(&kernel, image.memory()).collect();
+        let new = view(image.memory());
+        prop_assert_eq!(&new, &view(scratch(&planner).memory()));
+        for write in writes.iter().take((writes.len() as f64 * done) as usize) {
+            write.apply(&mut kernel);
+            for (seen, (old, new)) in view(&kernel).iter().zip(old.iter().zip(&new)) {
+                prop_assert!(seen == old || seen == new, "{write:?}: {seen} is neither {old} nor {new}");
+            }
+        }
+        difference(&kernel.clone(), image.memory()).for_each(|write| write.apply(&mut kernel));
+        prop_assert_eq!(&kernel, image.memory());
+        prop_assert_eq!(difference(&kernel, image.memory()).next(), None);
+        image.set_silent(false);
+        prop_assert_eq!(image.apply(&everything(&planner), 10), []);
+    }
+
+    #[test]
     fn damaged_tables_are_mended(changes in changes(6), damage in prop::collection::vec((0..7_u8, any::<u32>(), any::<u32>()), 1..12)) {
         let (mut planner, mut image) = (Planner::default(), Image::default());
         for (service, sketch, _) in changes {
@@ -381,7 +413,8 @@ fn one_endpoint_among_ten_thousand_services_costs_a_few_writes() {
         plan
     };
     let plans: Vec<PortPlan> = (0..10_000).map(|number| port(number, 4)).collect();
-    let step = Step { ports: plans.into_iter().map(|it| (it.name.clone(), Some(it))).collect(), ..Step::default() };
+    let step =
+        Step { ports: plans.into_iter().map(|it| (it.name.clone(), Some(Arc::new(it)))).collect(), ..Step::default() };
     let first = image.apply(&step, 0);
     assert_eq!(first.iter().filter(|write| matches!(write, Write::Frontend(..))).count(), 10_000);
     for (endpoints, kinds) in [(3, ["slots", "frontend", "endpoint"]), (4, ["endpoint", "slots", "frontend"])] {

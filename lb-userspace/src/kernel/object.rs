@@ -21,6 +21,7 @@ use aya::{
 use lb_common::{
     addr::Addr,
     affinity::{Affinity, AffinityKey},
+    count::ServiceCounters,
     flow::{Flow, FlowKey, FragmentKey, FragmentPorts},
     layout::{BIT_WORDS, Device, Endpoint, Frontend, FrontendKey, NodeAddress, PrefixKey, ServiceName, Settings},
     memory::Memory,
@@ -64,11 +65,13 @@ pub enum Table {
     FrontendBits,
     /// Bits of endpoints.
     EndpointBits,
+    /// What the programs count of each Service port. The agent writes nothing but zeros.
+    ServiceCounters,
 }
 
 impl Table {
     /// All of them.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 13] = [
         Self::Frontends,
         Self::Slots,
         Self::Endpoints,
@@ -81,6 +84,7 @@ impl Table {
         Self::Settings,
         Self::FrontendBits,
         Self::EndpointBits,
+        Self::ServiceCounters,
     ];
 
     /// The map's name in the object and among the pins.
@@ -98,6 +102,7 @@ impl Table {
             Self::Settings => "SETTINGS",
             Self::FrontendBits => "FRONTEND_BITS",
             Self::EndpointBits => "ENDPOINT_BITS",
+            Self::ServiceCounters => "SERVICE_COUNTERS",
         }
     }
 
@@ -116,13 +121,14 @@ impl Table {
             Self::Devices => shape::<u32, Device>(hash, max_entries),
             Self::Settings => shape::<u32, Settings>(array, max_entries),
             Self::FrontendBits | Self::EndpointBits => shape::<u32, u64>(array, max_entries),
+            Self::ServiceCounters => shape::<u32, ServiceCounters>(map_type::PERCPU_ARRAY, max_entries),
         }
     }
 
     /// The fewest entries that its map is made with.
     const fn floor(self) -> u32 {
         match self {
-            Self::Frontends | Self::Endpoints | Self::Services => 1024,
+            Self::Frontends | Self::Endpoints | Self::Services | Self::ServiceCounters => 1024,
             Self::Slots => 4096,
             Self::SourceRanges | Self::NodeAddresses | Self::Devices => 256,
             Self::LocalCidrs | Self::ServiceCidrs => 64,
@@ -184,6 +190,8 @@ impl Capacity {
             (Table::Slots, count(2 * expected.endpoints)),
             (Table::Endpoints, count(expected.endpoints)),
             (Table::Services, count(expected.services)),
+            // Ids begin with 1.
+            (Table::ServiceCounters, count(expected.services.saturating_add(1))),
             (Table::SourceRanges, count(expected.source_ranges)),
         ]))
     }
@@ -197,6 +205,7 @@ impl Capacity {
             (Table::Slots, last(memory.slots.last_key_value().map(|(key, _)| key))),
             (Table::Endpoints, last(memory.endpoints.last_key_value().map(|(key, _)| key))),
             (Table::Services, count(memory.services.len())),
+            (Table::ServiceCounters, last(memory.services.last_key_value().map(|(key, _)| key))),
             (Table::SourceRanges, count(memory.source_ranges.len())),
             (Table::LocalCidrs, count(memory.local_cidrs.len())),
             (Table::ServiceCidrs, count(memory.service_cidrs.len())),
@@ -217,10 +226,14 @@ impl Capacity {
     }
 
     /// Entries that a table's map is made with: room for twice as many, a power of two, as updates pass through more than
-    /// their end needs.
+    /// their end needs. Counters take their memory once for each CPU, and get a quarter more.
     pub fn entries(&self, table: Table) -> u32 {
         match table {
             Table::Settings | Table::FrontendBits | Table::EndpointBits => table.floor(),
+            Table::ServiceCounters => {
+                let needs = self.needs(table);
+                needs.saturating_add(needs / 4).max(table.floor())
+            }
             Table::Frontends
             | Table::Slots
             | Table::Endpoints
@@ -329,6 +342,9 @@ impl Programs {
         if program.fd().is_err() {
             let types = Btf::from_sys_fs().context("cannot read the kernel's types (CONFIG_DEBUG_INFO_BTF)")?;
             persevere(|| program.load("udp", &types)).map_err(|error| explain(NAME, error))?;
+            // They take ten megabytes, this once.
+            drop(types);
+            sys::release_memory();
         }
         let link = program.attach().and_then(|id| program.take_link(id)).context("cannot make an iterator")?;
         link.into_file().context("cannot open an iterator")
@@ -419,10 +435,12 @@ fn relocate(
     options: &Options,
 ) -> Result<Ebpf> {
     let link_header: u32 = if ethernet { 14 } else { 0 };
+    let count_services = u32::from(options.count_services);
     let mut loader = EbpfLoader::new();
     for table in Table::ALL {
         if table != Table::Services {
-            loader.map_max_entries(table.name(), capacity.entries(table));
+            let counts = options.count_services || table != Table::ServiceCounters;
+            loader.map_max_entries(table.name(), if counts { capacity.entries(table) } else { table.floor() });
             if let Some((generation, _)) = pins {
                 loader.map_pin_path(table.name(), generation.join(table.name()));
             }
@@ -444,8 +462,13 @@ fn relocate(
         .override_global("IPV6_CHECKSUM_FLAG", &constants.checksum_flag, true)
         .override_global("MASQUERADE_FIRST", &options.masquerade_first, true)
         .override_global("MASQUERADE_PORTS", &options.masquerade_ports, true)
-        .load(OBJECT)
-        .context("cannot load the BPF object")
+        .override_global("COUNT_SERVICES", &count_services, true);
+    #[cfg(feature = "program-log")]
+    loader.override_global(aya_log::LEVEL, &options.program_log, true);
+    let object = loader.load(OBJECT).context("cannot load the BPF object")?;
+    #[cfg(feature = "program-log")]
+    let object = super::log::follow(object)?;
+    Ok(object)
 }
 
 /// The programs of a set: those for sockets are in the one for devices with Ethernet header.

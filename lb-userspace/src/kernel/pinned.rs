@@ -2,17 +2,22 @@
 //!
 //! In: the folder of pins. Out: the tables' content, flows, counters, what is attached. Nothing is written, locked or attached.
 
-use std::path::{Path, PathBuf};
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+};
 
 use anyhow::{Context as _, Result};
 use lb_common::{
     affinity::{Affinity, AffinityKey},
+    count::ServiceCounters,
     flow::{Flow, FlowKey},
+    layout::ServiceName,
     memory::Memory,
 };
 
 use super::{
-    folder,
+    counters, folder,
     links::{self, Attached},
     object::{FLOW_MAPS, Table, open_flow_map},
     sys::{Map, value_of},
@@ -74,6 +79,16 @@ impl Pinned {
     /// The counters, by [`lb_common::reason::Reason`], summed over the CPUs.
     pub fn counters(&self) -> Result<Vec<u64>> {
         self.sums("COUNTERS")
+    }
+
+    /// Names of Service ports by id.
+    pub fn services(&self) -> Result<BTreeMap<u32, ServiceName>> {
+        self.store.services()
+    }
+
+    /// What was counted of each Service port, by its id; those of which nothing was are left out.
+    pub fn service_counters(&self) -> Result<BTreeMap<u32, ServiceCounters>> {
+        counters::read(&self.store)
     }
 
     /// The elements of an array, summed over the CPUs.

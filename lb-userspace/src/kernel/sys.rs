@@ -217,7 +217,7 @@ impl Map {
     }
 
     /// Bytes of a value as the kernel reads and writes them: those of per-CPU maps for all CPUs.
-    fn stride(&self) -> usize {
+    pub fn stride(&self) -> usize {
         let size = self.shape.value_size as usize;
         if self.shape.map_type == map_type::PERCPU_ARRAY { size.next_multiple_of(8) * possible_cpus() } else { size }
     }

@@ -3,7 +3,7 @@
 //! In: [`Write`]s in order, pinned maps. Out: as few bpf(2) calls as the order allows; a [`Memory`]. A table that is full is
 //! reported, not grown, here.
 
-use std::{cell::Cell, collections::BTreeMap, io, os::fd::BorrowedFd, path::Path};
+use std::{borrow::Borrow, cell::Cell, collections::BTreeMap, io, os::fd::BorrowedFd, path::Path};
 
 use anyhow::{Context as _, Result};
 use lb_common::{
@@ -91,7 +91,8 @@ impl Store {
         Ok(store)
     }
 
-    fn map(&self, table: Table) -> Result<&Map> {
+    /// The map of a table.
+    pub(super) fn map(&self, table: Table) -> Result<&Map> {
         self.maps.get(&table).with_context(|| format!("map {} is not open", table.name()))
     }
 
@@ -110,7 +111,7 @@ impl Store {
         let fill = |(table, map): (&Table, &Map)| {
             let shape = map.shape();
             let used = match shape.map_type {
-                map_type::ARRAY => u64::from(shape.max_entries),
+                map_type::ARRAY | map_type::PERCPU_ARRAY => u64::from(shape.max_entries),
                 _ => pinned::count(map)?,
             };
             Ok(Fill { name: table.name(), id: shape.id, used, room: shape.max_entries, evicted: None })
@@ -134,9 +135,10 @@ impl Store {
     }
 
     /// Applies writes in order.
-    pub fn apply(&mut self, writes: &[Write]) -> Result<(), Stopped> {
+    pub fn apply(&mut self, writes: impl IntoIterator<Item: Borrow<Write>>) -> Result<(), Stopped> {
         let mut run: Option<Run> = None;
-        for (index, write) in writes.iter().enumerate() {
+        for (index, write) in writes.into_iter().enumerate() {
+            let write = write.borrow();
             let (table, removes) = place(write);
             if let Some(done) = run.take_if(|run| (run.table, run.removes) != (table, removes)) {
                 self.flush(&done)?;
@@ -241,6 +243,13 @@ impl Store {
         Ok(())
     }
 
+    /// Names of Service ports by id.
+    pub fn services(&self) -> Result<BTreeMap<u32, ServiceName>> {
+        let mut services = BTreeMap::new();
+        self.each(Table::Services, |id: u32, name: ServiceName| services.extend([(id, name)]))?;
+        Ok(services)
+    }
+
     /// Everything that is in the tables. While another process writes, each entry is whole, but two entries may be of
     /// different times.
     ///
@@ -258,7 +267,7 @@ impl Store {
                 memory.endpoints.insert(id, endpoint);
             }
         })?;
-        self.each(Table::Services, |id: u32, name: ServiceName| memory.services.extend([(id, name)]))?;
+        memory.services = self.services()?;
         self.each(Table::SourceRanges, |prefix: PrefixKey, _: u32| memory.source_ranges.extend([prefix]))?;
         self.each(Table::LocalCidrs, |prefix: PrefixKey, _: u32| memory.local_cidrs.extend([prefix]))?;
         self.each(Table::ServiceCidrs, |prefix: PrefixKey, _: u32| memory.service_cidrs.extend([prefix]))?;
@@ -322,6 +331,9 @@ pub fn capacity(writes: &[Write]) -> Capacity {
             capacity.needs(table).saturating_add(1)
         };
         capacity.require(table, entries);
+        if let Write::Service(id, _) = write {
+            capacity.require(Table::ServiceCounters, id.saturating_add(1));
+        }
     }
     capacity
 }
@@ -343,5 +355,7 @@ pub fn fill(memory: &Memory, table: Table) -> Vec<Write> {
         Table::Settings => vec![Write::Settings(memory.settings)],
         Table::FrontendBits => memory.frontend_bits.iter().map(|bit| Write::FrontendBit(*bit)).collect(),
         Table::EndpointBits => memory.endpoint_bits.iter().map(|bit| Write::EndpointBit(*bit)).collect(),
+        // What is in them is no memory of the agent's: `counters` copies it.
+        Table::ServiceCounters => Vec::new(),
     }
 }

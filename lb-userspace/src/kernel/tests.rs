@@ -3,6 +3,7 @@
 mod adoption;
 mod attaching;
 mod content;
+mod counters;
 mod following;
 mod kube_proxy;
 

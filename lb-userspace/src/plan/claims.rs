@@ -11,7 +11,7 @@ use std::{
 
 use lb_common::{addr::Addr, layout::FrontendKey};
 
-use super::{PortName, PortPlan, Problem, ServicePlan};
+use super::{PlannedFrontend, PortName, PortPlan, Problem, ServicePlan};
 use crate::model::{ObjectName, object::Protocol};
 
 /// Age and name of a port: the smallest claim of a frontend wins. Objects without a time (manifests) count as oldest.
@@ -50,7 +50,7 @@ impl<T: Ord> Few<T> {
 #[derive(Debug, Default)]
 pub struct Planner {
     services: BTreeMap<ObjectName, Entry>,
-    ports: BTreeMap<PortName, PortPlan>,
+    ports: BTreeMap<PortName, Arc<PortPlan>>,
     claims: BTreeMap<FrontendKey, Few<Claim>>,
     any_port: BTreeMap<Addr, Few<ObjectName>>,
 }
@@ -66,7 +66,7 @@ struct Entry {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Step {
     /// Ports with what they do now; nothing for those that are gone.
-    pub ports: BTreeMap<PortName, Option<PortPlan>>,
+    pub ports: BTreeMap<PortName, Option<Arc<PortPlan>>>,
     /// ClusterIPs, and whether their other ports are refused now.
     pub any_port: BTreeMap<Addr, bool>,
 }
@@ -142,7 +142,7 @@ impl Planner {
                 self.claim(&(age.clone(), port.name.clone()), &port, &mut touched);
                 names.push(port.name.clone());
                 touched.insert(port.name.clone());
-                self.ports.insert(port.name.clone(), port);
+                self.ports.insert(port.name.clone(), Arc::new(port));
             }
             for addr in &any_port {
                 self.any_port.entry(*addr).or_default().insert(service.clone());
@@ -155,11 +155,14 @@ impl Planner {
 
     /// What a port does now.
     #[must_use]
-    pub fn port(&self, name: &PortName) -> Option<PortPlan> {
+    pub fn port(&self, name: &PortName) -> Option<Arc<PortPlan>> {
         let mut port = self.ports.get(name)?.clone();
-        port.frontends.retain(|frontend| {
+        let won = |frontend: &PlannedFrontend| {
             self.claims.get(&frontend.key).and_then(Few::first).is_some_and(|(_, winner)| winner == name)
-        });
+        };
+        if !port.frontends.iter().all(won) {
+            Arc::make_mut(&mut port).frontends.retain(won);
+        }
         Some(port)
     }
 
@@ -243,7 +246,6 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::plan::PlannedFrontend;
 
     const SHARED: u16 = 80;
 
@@ -268,7 +270,7 @@ mod tests {
 
     /// `service: ports` of a step.
     fn text(step: &Step) -> Vec<String> {
-        let entry = |(name, port): (&PortName, &Option<PortPlan>)| {
+        let entry = |(name, port): (&PortName, &Option<Arc<PortPlan>>)| {
             let ports = port.as_ref().map(|port| {
                 port.frontends.iter().map(|frontend| frontend.key.port.number().to_string()).collect::<Vec<_>>()
             });

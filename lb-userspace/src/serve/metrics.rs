@@ -8,6 +8,7 @@
 
 mod kernel;
 mod process;
+mod services;
 
 use std::{
     path::PathBuf,
@@ -104,12 +105,13 @@ fn programming_buckets() -> Vec<f64> {
 }
 
 impl Metrics {
-    /// The metrics that kube-proxy has in this mode, and ours. `bpffs` is where the tables are read when somebody asks.
+    /// The metrics that kube-proxy has in this mode, and ours. `bpffs` is where the tables are read when somebody asks;
+    /// `services` is whether the programs count by Service port.
     ///
     /// # Errors
     ///
     /// When two of them have one name, which no input leads to.
-    pub fn new(mode: ProxyMode, bpffs: PathBuf) -> Result<Self> {
+    pub fn new(mode: ProxyMode, bpffs: PathBuf, services: bool) -> Result<Self> {
         let maker = Maker(Registry::new());
         let of_family = &["ip_family"];
         let family_rules = mode != ProxyMode::Ipvs;
@@ -198,7 +200,7 @@ impl Metrics {
             growths: maker.counter("fairlead_table_growths_total", "How often tables were replaced by larger ones")?,
             written: Mutex::default(),
             process: Process::new(&maker)?,
-            kernel: Kernel::new(&maker, bpffs)?,
+            kernel: Kernel::new(&maker, bpffs, services)?,
             registry: maker.0.clone(),
         };
         lacked(&maker, mode)?;
@@ -261,7 +263,7 @@ impl Metrics {
         }
     }
 
-    /// How many Services with policy Local have endpoints, but none here: for clients inside and outside.
+    /// How many ports of Services with policy Local have endpoints, but none here: for clients inside and outside.
     pub fn set_no_local_endpoints(&self, family: Family, inside: usize, outside: usize) {
         for (policy, count) in [("internal", inside), ("external", outside)] {
             let gauge = self.no_local_endpoints.with_label_values(&[family.as_str(), policy]);
@@ -403,7 +405,7 @@ mod tests {
 
     #[test]
     fn names_types_texts_buckets_and_labels_are_those_of_the_real_kube_proxy() {
-        let metrics = Metrics::new(ProxyMode::Nftables, "/nowhere".into()).unwrap();
+        let metrics = Metrics::new(ProxyMode::Nftables, "/nowhere".into(), true).unwrap();
         metrics.queued(&Family::ALL);
         metrics.synced(&Family::ALL, Duration::from_millis(3), true);
         metrics.synced(&[Family::V4], Duration::from_millis(1), false);
@@ -438,7 +440,7 @@ mod tests {
             (ProxyMode::Nftables, &["nftables_sync_failures_total", "sync_partial_"], &["iptables"]),
             (ProxyMode::Ipvs, &["iptables_restore_failures_total"], &["nftables", "sync_full_", "iptables_total"]),
         ] {
-            let metrics = Metrics::new(mode, "/nowhere".into()).unwrap();
+            let metrics = Metrics::new(mode, "/nowhere".into(), true).unwrap();
             metrics.failed(&[Family::V4]);
             for full in [true, false] {
                 metrics.synced(&Family::ALL, Duration::from_millis(3), full);
@@ -452,7 +454,7 @@ mod tests {
 
     #[test]
     fn what_waits_is_pending_until_it_is_planned_and_writes_are_counted_once() {
-        let metrics = Metrics::new(ProxyMode::Iptables, "/nowhere".into()).unwrap();
+        let metrics = Metrics::new(ProxyMode::Iptables, "/nowhere".into(), true).unwrap();
         metrics.service_changed();
         metrics.endpoints_changed();
         metrics.endpoints_changed();

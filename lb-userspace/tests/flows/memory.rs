@@ -180,8 +180,8 @@ fn services_without_local_endpoints_are_counted_by_policy() {
         let pipeline = from_scratch(case, case.applies_to[0].as_str());
         let plans = pipeline.model().services().filter_map(|(name, _)| pipeline.plan(name));
         let lacking = plans.map(|plan| {
-            let [(v4_in, v4_out), (v6_in, v6_out)] = [true, false].map(|v4| plan.lacks_local_endpoints(v4));
-            (u64::from(v4_in || v6_in), u64::from(v4_out || v6_out))
+            let [(v4_in, v4_out), (v6_in, v6_out)] = [true, false].map(|v4| plan.ports_without_local_endpoints(v4));
+            (v4_in.max(v6_in) as u64, v4_out.max(v6_out) as u64)
         });
         let found = lacking.fold((0, 0), |sum, one| (sum.0 + one.0, sum.1 + one.1));
         let by_family = [true, false].map(|v4| pipeline.lacking_local_endpoints(v4));

@@ -4,6 +4,7 @@
 #![expect(clippy::unwrap_used, reason = "a helper of a test fails as the test does")]
 
 mod frames;
+mod sctp;
 
 use std::fs;
 use std::path::Path;
@@ -195,10 +196,15 @@ fn the_programs_and_the_host_do_the_same_to_every_frame() {
         Ok(text) => text.parse().unwrap(),
         Err(_) => SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_nanos() as u64,
     };
+    in_a_namespace(move || compare(seed));
+}
+
+/// Runs a test on a thread with a network namespace of its own.
+fn in_a_namespace(test: impl FnOnce() + Send + 'static) {
     let test = thread::spawn(move || {
         // SAFETY: a namespace of its own for a thread that ends with the test; descriptors stay shared.
         unsafe { unshare_unsafe(UnshareFlags::NEWNET) }.unwrap();
-        compare(seed);
+        test();
     });
     if let Err(panic) = test.join() {
         std::panic::resume_unwind(panic);

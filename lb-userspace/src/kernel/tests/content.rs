@@ -167,6 +167,26 @@ fn tables_are_made_for_what_is_expected_and_a_wrong_guess_costs_one_growth() {
     }
 }
 
+#[test]
+fn tables_are_filled_with_what_an_image_holds_and_grow_where_they_must() {
+    lab(|lab| {
+        let mut kernel = lab.open();
+        kernel.apply(&some_of_all()).unwrap();
+        let old = kernel.memory().unwrap();
+        let mut new = Memory::default();
+        let writes: Vec<_> =
+            (2..3000).map(frontend).chain([Write::Slots(3, vec![7]), Write::Endpoint(1, endpoint(9))]).collect();
+        tables::add_to(&mut new, &writes);
+        kernel.fill(&old, &new).unwrap();
+        assert_eq!(kernel.statistics().growths, 1);
+        // Nothing names slots and endpoints that are gone.
+        let there = kernel.memory().unwrap();
+        let (slots, endpoints) = (there.slots.clone(), there.endpoints.clone());
+        assert_eq!((slots.get(&3), endpoints.get(&1)), (Some(&7), Some(&endpoint(9))));
+        assert!(Memory { slots: new.slots.clone(), endpoints: new.endpoints.clone(), ..there } == new);
+    });
+}
+
 /// What changing the labels of one Pod costs among this many Services: bpf(2) calls, entries, bytes.
 fn cost_of_a_label(lab: &Lab, services: u32) -> (u64, u64, u64) {
     let mut pipeline = Pipeline::new("node1", NodeOptions::default(), Image::default());

@@ -252,3 +252,18 @@ fn endpoints_know_the_sets_that_affinity_asks_for() {
     );
     assert_eq!(sets(SessionAffinity::None), [none; 5]);
 }
+
+#[test]
+fn each_port_whose_endpoints_are_all_elsewhere_lacks_local_ones() {
+    let service = service(|s| {
+        s.spec.internal_traffic_policy = TrafficPolicy::Local;
+        s.spec.ports.push(ServicePort { name: "admin".into(), port: 81, ..ServicePort::default() });
+        s.spec.ports.push(ServicePort { name: "dead".into(), port: 82, ..ServicePort::default() });
+    });
+    let admin = |node| Backend { port_name: "admin".into(), ..backend("10.1.1.2", node) };
+    for (http, admin, expected) in [("far", admin("far"), 2), ("here", admin("far"), 1), ("here", admin("here"), 0)] {
+        let plan = plan_service(&service, &[backend("10.1.1.1", http), admin], &node()).0.unwrap();
+        assert_eq!(plan.ports_without_local_endpoints(true), (expected, 0));
+        assert_eq!(plan.ports_without_local_endpoints(false), (0, 0));
+    }
+}

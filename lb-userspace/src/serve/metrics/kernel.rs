@@ -17,7 +17,7 @@ use lb_common::{
 };
 use prometheus::{CounterVec, GaugeVec, Opts};
 
-use super::{Maker, process};
+use super::{Maker, process, services::Services};
 use crate::kernel::pinned::Pinned;
 
 /// How long a walk over all flows is good for.
@@ -31,23 +31,30 @@ pub(super) struct Kernel {
     packets: CounterVec,
     entries: GaugeVec,
     room: GaugeVec,
+    evictions: CounterVec,
     masquerade_ports: GaugeVec,
+    /// Nothing where nothing is counted.
+    services: Option<Services>,
 }
 
 impl Kernel {
-    pub(super) fn new(maker: &Maker, bpffs: PathBuf) -> Result<Self> {
+    pub(super) fn new(maker: &Maker, bpffs: PathBuf, services: bool) -> Result<Self> {
         let packets = Opts::new("fairlead_packets_total", "Packets by what was done with them and why");
+        let evictions =
+            Opts::new("fairlead_map_evictions_total", "Entries of a flow table that others took the place of");
         Ok(Self {
             bpffs,
             walked: Mutex::default(),
             packets: maker.add(CounterVec::new(packets, &["reason", "verdict"])?)?,
             entries: maker.gauges("fairlead_map_entries", "Entries in a BPF map", &["map"])?,
             room: maker.gauges("fairlead_map_max_entries", "Entries that a BPF map has room for", &["map"])?,
+            evictions: maker.add(CounterVec::new(evictions, &["map"])?)?,
             masquerade_ports: maker.gauges(
                 "fairlead_masquerade_ports_used",
                 "Node addresses and ports by which masqueraded connections leave, each counted once",
                 &["ip_family"],
             )?,
+            services: services.then(|| Services::new(maker)).transpose()?,
         })
     }
 
@@ -60,6 +67,11 @@ impl Kernel {
                 process::set(&counter, process::number(count));
             }
         }
+        if let Some(services) = &self.services
+            && let (Ok(names), Ok(counters)) = (pinned.services(), pinned.service_counters())
+        {
+            services.show(&names, &counters);
+        }
         let mut walked = self.walked.lock().unwrap_or_else(PoisonError::into_inner);
         if walked.is_none_or(|at| at.elapsed() >= FRESH) {
             self.walk(&pinned);
@@ -71,6 +83,12 @@ impl Kernel {
         for fill in pinned.fill().into_iter().flatten() {
             self.entries.with_label_values(&[fill.name]).set(process::number(fill.used));
             self.room.with_label_values(&[fill.name]).set(f64::from(fill.room));
+            if let Some(evicted) = fill.evicted {
+                let counter = self.evictions.with_label_values(&[fill.name]);
+                // A difference of counts that go on meanwhile: a few less than before are none.
+                let most = counter.get().max(process::number(evicted));
+                process::set(&counter, most);
+            }
         }
         let (mut v4, mut v6) = (BTreeSet::new(), BTreeSet::new());
         let read = pinned.flows(|key, flow| {

@@ -1,0 +1,6 @@
+#![no_main]
+
+#[path = "../src/packet.rs"]
+mod packet;
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| packet::run(bytes));

@@ -1,0 +1,34 @@
+//! What the fuzzer runs (`fuzz/`), without the fuzzer: on inputs that once made it fail, and on random ones.
+
+#![cfg(test)]
+
+#[path = "../../../fuzz/src/packet.rs"]
+mod packet;
+
+use std::{fs, path::Path};
+
+use proptest::{collection::vec, prelude::*, test_runner::FileFailurePersistence};
+
+#[test]
+fn inputs_that_once_failed_do_not() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../fuzz/regressions/packet");
+    // There is no folder as long as nothing has failed.
+    for file in fs::read_dir(folder).into_iter().flatten() {
+        let path = file.unwrap().path();
+        println!("{}", path.display());
+        packet::run(&fs::read(path).unwrap());
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig {
+        cases: std::env::var("PROPTEST_CASES").ok().and_then(|text| text.parse().ok()).unwrap_or(2000),
+        failure_persistence: Some(Box::new(FileFailurePersistence::Direct("tests/fuzz/regressions"))),
+        ..ProptestConfig::default()
+    })]
+
+    #[test]
+    fn frames_cross_a_node_and_their_answers_come_back(bytes in vec(any::<u8>(), 0..600)) {
+        packet::run(&bytes);
+    }
+}
