@@ -28,8 +28,7 @@ pub struct Part {
 pub const KUBE: Part = Part { name: "kube", module: "", package: ".", test: false, sources: &["main.go"] };
 
 /// kubectl of the same release.
-pub const KUBECTL: Part =
-    Part { name: "kubectl", module: "kubectl", package: ".", test: false, sources: &["main.go"] };
+pub const KUBECTL: Part = Part { name: "kubectl", module: "kubectl", package: ".", test: false, sources: &["main.go"] };
 
 /// What renders charts.
 pub const HELM: Part =
@@ -40,13 +39,8 @@ pub const E2E: Part =
     Part { name: "e2e.test", module: "", package: "./e2e", test: true, sources: &["e2e/e2e_test.go"] };
 
 /// What runs in the pods of these tests.
-pub const AGNHOST: Part = Part {
-    name: "agnhost",
-    module: "",
-    package: "k8s.io/kubernetes/test/images/agnhost",
-    test: false,
-    sources: &[],
-};
+pub const AGNHOST: Part =
+    Part { name: "agnhost", module: "", package: "k8s.io/kubernetes/test/images/agnhost", test: false, sources: &[] };
 
 /// The cluster's name server.
 pub const COREDNS: Part = Part { name: "coredns", module: "dns", package: ".", test: false, sources: &["main.go"] };
