@@ -33,15 +33,22 @@ pub struct Options {
     /// All specs of `[sig-network] Services`, not just those that every cluster has to pass
     #[arg(long)]
     all: bool,
-    /// Also with the real kube-proxy, and say where the two differ
-    #[arg(long)]
-    kube_proxy: bool,
+    /// Also with the real kube-proxy, to which the agent is compared then; or with nothing but that
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "beside")]
+    kube_proxy: Option<Reference>,
     /// Only specs whose name matches this regular expression
     #[arg(long, default_value = "", hide_default_value = true)]
     spec: String,
     /// Number of nodes, 1 to 9, each with a kubelet
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=9))]
     nodes: u8,
+}
+
+/// What kube-proxy is run for.
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Reference {
+    Beside,
+    Only,
 }
 
 /// A `mode` of kube-proxy.
@@ -98,15 +105,18 @@ pub fn run(options: &Options) -> Result<ExitCode> {
         Some(mode) => vec![mode],
         None => vec![Mode::Iptables, Mode::Nftables],
     };
+    let proxies: &[Proxy] = match options.kube_proxy {
+        None => &[Proxy::Fairlead],
+        Some(Reference::Beside) => &[Proxy::Fairlead, Proxy::KubeProxy],
+        Some(Reference::Only) => &[Proxy::KubeProxy],
+    };
     let mut report = Report::default();
     for mode in modes {
-        for proxy in [Proxy::Fairlead, Proxy::KubeProxy] {
-            if proxy == Proxy::Fairlead || options.kube_proxy {
-                let name = format!("{}, {}", proxy.name(), mode.name());
-                println!("{name}:");
-                let specs = run_specs(options, proxy, mode).with_context(|| name.clone())?;
-                report.add(name, proxy == Proxy::Fairlead, specs);
-            }
+        for proxy in proxies {
+            let name = format!("{}, {}", proxy.name(), mode.name());
+            println!("{name}:");
+            let specs = run_specs(options, *proxy, mode).with_context(|| name.clone())?;
+            report.add(name, *proxy == Proxy::Fairlead, specs);
         }
     }
     report.print();
