@@ -7,5 +7,6 @@
 pub mod bytes;
 pub mod client;
 pub mod packet;
+pub mod raw_tcp;
 pub mod server;
 pub mod socket;

@@ -14,7 +14,7 @@ use tests::cluster::{By, Cluster, TARGET, addressed, one_service_a_kind, refused
 use tests::foreign::{Foreign, NEXT, OK, Place, Side};
 use tests::manifest::Service;
 use tests::traffic::client::{ask_datagram, upload};
-use tests::traffic::packet::{ends, frame, ip_packet, syn, tcp_ends, udp};
+use tests::traffic::packet::{SYN, ends, frame, ip_packet, tcp, tcp_ends, udp};
 use tests::traffic::socket::send_frame;
 use tests::tun::Cable;
 use tests::{Agent, Client, Lab, Netns, Protocol, Topology};
@@ -235,7 +235,7 @@ fn a_frame_for_another_host_gets_no_answer_and_makes_no_entry() {
                     let from = SocketAddr::new(tests::cluster::own_addresses(lab, "outside")[family], port);
                     let before = packets(&cluster.agents[0]);
                     for packet in [
-                        ip_packet(tcp_ends(from, to), &syn(from, to, 7)),
+                        ip_packet(tcp_ends(from, to), &tcp(from, to, SYN, 7, 0)),
                         ip_packet(ends(from, to), &udp(from, to, b"who")),
                     ] {
                         lab.outside.run(|| send_frame("eth0", &frame(source, target, &packet))).unwrap();

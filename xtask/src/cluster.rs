@@ -2,6 +2,7 @@
 //! kubeconfigs, commands to explore it; it stays up until Ctrl-C or `cargo xtask cluster down`, and then nothing is left.
 
 use std::fs;
+use std::path::Path;
 use std::process::ExitCode;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -51,7 +52,10 @@ pub fn run(options: &Options) -> Result<ExitCode> {
 /// Compiles the Kubernetes parts, with what that needs.
 pub fn build() -> Result<()> {
     setup::ensure_cluster()?;
-    parts::ensure_by(|command| process::run("compiling Kubernetes' control plane", command)).map(drop)
+    for part in [&parts::KUBE, &parts::KUBECTL, &parts::HELM] {
+        parts::ensure_by(part, |command| process::run(&format!("compiling {}", part.name), command))?;
+    }
+    Ok(())
 }
 
 fn up() -> Result<()> {
@@ -81,7 +85,7 @@ fn up() -> Result<()> {
         servers.len(),
         start.elapsed().as_secs_f32()
     );
-    explore(&lab, &plane);
+    explore(&lab, &plane, &parts::ensure(&parts::KUBECTL)?);
     while !interrupt::came() {
         thread::sleep(Duration::from_millis(50));
     }
@@ -89,11 +93,12 @@ fn up() -> Result<()> {
     Ok(())
 }
 
-fn explore(lab: &Lab, plane: &ControlPlane) {
+fn explore(lab: &Lab, plane: &ControlPlane, kubectl: &Path) {
     let (node, agent) = (lab.node(1), workspace::agent());
     let (enter, bpffs) = (format!("ip netns exec {}", node.netns.name()), lab.bpffs(node));
     println!("In another terminal, as root:");
-    println!("  {enter} kubectl --kubeconfig {} get services,endpointslices,pods", plane.kubeconfig("admin").display());
+    let (kubectl, admin) = (kubectl.display(), plane.kubeconfig("admin"));
+    println!("  {enter} {kubectl} --kubeconfig {} get services,endpointslices,pods", admin.display());
     for subcommand in ["status", "services", "endpoints"] {
         println!("  {enter} {} {subcommand} --bpffs {}", agent.display(), bpffs.display());
     }

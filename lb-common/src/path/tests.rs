@@ -3,6 +3,7 @@
 
 mod affinity;
 mod count;
+mod tcp;
 
 use core::net::{IpAddr, SocketAddr};
 
@@ -257,49 +258,6 @@ fn a_late_answer_of_a_former_endpoint_does_not_take_the_client_back() {
 }
 
 #[test]
-fn a_tcp_connection_stays_with_an_endpoint_that_is_gone_and_a_new_one_does_not() {
-    let mut machine = V4.machine(0);
-    cross(&mut machine, V4.client(), V4.service(), SYN);
-    machine.tables.endpoints.get_mut(&100).unwrap().flags = 0;
-    let new = SocketAddr::new(V4.endpoint().ip(), 9999);
-    add_service(&mut machine, 2, V4.service(), &[new], 0);
-    assert_eq!(cross(&mut machine, V4.client(), V4.service(), ACK), (V4.client(), V4.endpoint()));
-    assert_eq!(cross(&mut machine, V4.endpoint(), V4.client(), ACK), (V4.service(), V4.client()));
-    assert_eq!(cross(&mut machine, V4.client(), V4.service(), SYN), (V4.client(), new), "the port is used again");
-}
-
-#[test]
-fn a_syn_on_a_closing_connection_chooses_anew() {
-    let closings: [&[(bool, Segment)]; 4] = [
-        &[(true, FIN)],
-        &[(false, FIN)],
-        &[(true, Segment::Tcp(tcp_flags::RST))],
-        &[(false, Segment::Tcp(tcp_flags::RST | tcp_flags::ACK))],
-    ];
-    for closing in closings {
-        let mut machine = V4.machine(0);
-        cross(&mut machine, V4.client(), V4.service(), SYN);
-        cross(&mut machine, V4.endpoint(), V4.client(), SYN_ACK);
-        for (from_client, segment) in closing {
-            let (from, to) = if *from_client { (V4.client(), V4.service()) } else { (V4.endpoint(), V4.client()) };
-            cross(&mut machine, from, to, *segment);
-        }
-        let new = SocketAddr::new(V4.endpoint().ip(), 9999);
-        add_service(&mut machine, 1, V4.service(), &[new], 0);
-        assert_eq!(cross(&mut machine, V4.client(), V4.service(), SYN), (V4.client(), new));
-    }
-}
-
-#[test]
-fn a_retransmitted_syn_goes_to_the_same_endpoint_while_the_set_changes() {
-    let mut machine = V4.machine(0);
-    let (_, first) = cross(&mut machine, V4.client(), V4.service(), SYN);
-    let others: Vec<_> = (1..50).map(|i| SocketAddr::new(V4.endpoint().ip(), 9000 + i)).collect();
-    add_service(&mut machine, 2, V4.service(), &others, 0);
-    assert_eq!(cross(&mut machine, V4.client(), V4.service(), SYN).1, first);
-}
-
-#[test]
 fn one_socket_talks_to_forty_services() {
     let mut machine = V4.machine(0);
     let pairs: Vec<(SocketAddr, SocketAddr)> = (0..40)
@@ -453,32 +411,6 @@ fn an_evicted_masquerade_entry_is_restored_by_a_request() {
     machine.now += 10;
     cross(&mut machine, V4.client(), V4.service(), ACK);
     assert_eq!(cross(&mut machine, V4.endpoint(), from, ACK), (V4.service(), V4.client()));
-}
-
-#[test]
-fn every_end_of_a_masqueraded_connection_frees_its_port_in_time() {
-    const RST: Segment = Segment::Tcp(tcp_flags::RST);
-    type Case = (&'static str, &'static [(bool, Segment)], u32);
-    let ends: [Case; 5] = [
-        ("reset by the client", &[(true, RST)], 60),
-        ("reset by the endpoint", &[(false, RST)], 60),
-        ("closed by both", &[(true, FIN), (false, FIN)], 60),
-        ("closed by one", &[(true, FIN)], 3600),
-        ("established", &[], 24 * 3600),
-    ];
-    for (name, end, limit) in ends {
-        let mut machine = V4.machine(frontend_flags::MASQUERADE);
-        let (from, _) = cross(&mut machine, V4.client(), V4.service(), SYN);
-        cross(&mut machine, V4.endpoint(), from, SYN_ACK);
-        for (by_client, segment) in end {
-            let (from, to) = if *by_client { (V4.client(), V4.service()) } else { (V4.endpoint(), from) };
-            cross(&mut machine, from, to, *segment);
-        }
-        for (key, (flow, _)) in &machine.flows {
-            assert!(!flow.is_idle(key.proto, limit), "{name}: {key:?} is over too soon");
-            assert!(flow.is_idle(key.proto, limit + 1), "{name}: {key:?} is not over");
-        }
-    }
 }
 
 #[test]

@@ -35,14 +35,29 @@ pub fn udp(from: SocketAddr, to: SocketAddr, payload: &[u8]) -> Vec<u8> {
     datagram
 }
 
-/// A TCP SYN.
-pub fn syn(from: SocketAddr, to: SocketAddr, sequence: u32) -> Vec<u8> {
+/// FIN, as a TCP header has it.
+pub const FIN: u8 = 1;
+/// SYN.
+pub const SYN: u8 = 2;
+/// RST.
+pub const RST: u8 = 4;
+/// ACK.
+pub const ACK: u8 = 16;
+
+/// A TCP segment without data.
+pub fn tcp(from: SocketAddr, to: SocketAddr, flags: u8, sequence: u32, acknowledged: u32) -> Vec<u8> {
     let mut segment = [from.port(), to.port()].map(u16::to_be_bytes).concat();
     segment.extend_from_slice(&sequence.to_be_bytes());
-    segment.extend_from_slice(&[0, 0, 0, 0, 5 << 4, 2, 0xff, 0xff, 0, 0, 0, 0]);
+    segment.extend_from_slice(&acknowledged.to_be_bytes());
+    segment.extend_from_slice(&[5 << 4, flags, 0xff, 0xff, 0, 0, 0, 0]);
     let sum = checksum(&[&pseudo_header(tcp_ends(from, to), segment.len()), &segment]);
     segment[16..18].copy_from_slice(&sum.to_be_bytes());
     segment
+}
+
+/// Whether the checksum of a TCP segment is right.
+pub fn is_intact(from: SocketAddr, to: SocketAddr, segment: &[u8]) -> bool {
+    checksum(&[&pseudo_header(tcp_ends(from, to), segment.len()), segment]) == 0
 }
 
 /// A whole IP packet.
