@@ -144,7 +144,7 @@ fn run_specs(options: &Options, proxy: Proxy, mode: Mode) -> Result<Vec<Spec>> {
         interrupt::check()?;
         kubelets.push(Kubelet::start(&lab, node, &plane, &image)?);
     }
-    let running = start_proxies(&lab, &plane, &kubelets, proxy, mode)?;
+    let running = start_proxies(&lab, &plane, proxy, mode)?;
     for kubelet in &mut kubelets {
         kubelet.wait_ready(&plane)?;
         interrupt::check()?;
@@ -158,17 +158,14 @@ fn run_specs(options: &Options, proxy: Proxy, mode: Mode) -> Result<Vec<Spec>> {
     specs
 }
 
-fn start_proxies(lab: &Lab, plane: &ControlPlane, kubelets: &[Kubelet], proxy: Proxy, mode: Mode) -> Result<Running> {
+fn start_proxies(lab: &Lab, plane: &ControlPlane, proxy: Proxy, mode: Mode) -> Result<Running> {
     let (cidrs, proxy_mode) = (format!("--cluster-cidr={CLUSTER_CIDR}"), format!("--proxy-mode={}", mode.name()));
     let flags = [&*proxy_mode, &*cidrs, "--detect-local-mode=ClusterCIDR"];
     let kubeconfig = plane.kubeconfig("proxy");
     let mut running = Running::new();
-    for (node, kubelet) in lab.nodes.iter().zip(kubelets) {
+    for node in &lab.nodes {
         running.push(match proxy {
-            Proxy::Fairlead => {
-                let cgroup = kubelet.cgroup().unwrap_or(lab.cgroup());
-                Box::new(Agent::build(lab, node, &kubeconfig, cgroup, &flags)?)
-            }
+            Proxy::Fairlead => Box::new(Agent::build(lab, node, &kubeconfig, &flags)?),
             Proxy::KubeProxy => Box::new(KubeProxy::start(lab, node, plane, mode.name())?),
         });
     }
