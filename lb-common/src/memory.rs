@@ -233,7 +233,7 @@ impl State for Machine {
     fn enter_again<P: Packet>(&mut self, packet: &P, device: u32) {
         let words = (0..packet.len() / 2).filter_map(|i| packet.read::<u16>(i * 2));
         let mut frame: Vec<u8> = words.flat_map(u16::to_ne_bytes).collect();
-        if packet.len() % 2 != 0 {
+        if !packet.len().is_multiple_of(2) {
             frame.extend(packet.read::<u16>(packet.len() - 2).map(|last| last.to_ne_bytes()[1]));
         }
         self.entered.push((device, frame));

@@ -130,23 +130,22 @@ fn note_client<S: State>(client: &Addr, choice: &Choice, state: &mut S) {
 
 #[inline(always)]
 fn remembered<T: Tables>(ends: &Ends, pairs: &mut Pairs, tables: &T) -> Option<(Addr, Port)> {
-    let uses = pairs.uses.wrapping_add(1);
+    // No two pairs have one frontend.
     let mut i = 0;
     while i < PAIRS {
-        let pair = &mut pairs.pairs[i];
-        if pair.used != 0
-            && pair.frontend_port.be == ends.port.be
-            && pair.frontend.same(&ends.addr)
-            && holds(pair, ends.proto, tables)
-        {
-            pair.used = uses;
-            let found = (pair.endpoint, pair.endpoint_port);
-            pairs.uses = uses;
-            return Some(found);
+        let pair = &pairs.pairs[i];
+        if pair.used != 0 && pair.frontend_port.be == ends.port.be && pair.frontend.same(&ends.addr) {
+            break;
         }
         i += 1;
     }
-    None
+    let pair = pairs.pairs.get_mut(core::hint::black_box(i))?;
+    if !holds(pair, ends.proto, tables) {
+        return None;
+    }
+    pairs.uses = pairs.uses.wrapping_add(1);
+    pair.used = pairs.uses;
+    Some((pair.endpoint, pair.endpoint_port))
 }
 
 /// Whether what a socket was told is still so: the endpoint serves, and the frontend is that of its Service port. An external

@@ -80,11 +80,14 @@ impl Sender {
         let (aim, marker) = (Arc::clone(&to), name.clone());
         let worker = Worker::start(netns, move |stop| {
             let mut to = *aim.lock().unwrap();
-            let socket = udp_for(None, to, SOON).unwrap();
+            // Chosen, so that the kernel leaves it to a socket that is ended.
+            let any = if to.is_ipv4() { IpAddr::from([0; 4]) } else { IpAddr::from([0_u16; 8]) };
+            // An IPv6 socket has the IPv4 port, too.
+            let port = if to.is_ipv4() { 43_000 } else { 43_002 } + u16::from(connects);
+            let socket = udp_for(Some((any, port).into()), to, SOON).unwrap();
             if connects {
                 socket.connect(to).unwrap();
             }
-            let port = socket.local_addr().unwrap().port();
             while !stop.load(Ordering::Relaxed) {
                 let aim = *aim.lock().unwrap();
                 if connects {
@@ -99,7 +102,7 @@ impl Sender {
                 to = aim;
                 thread::sleep(Duration::from_millis(3));
             }
-            assert_eq!(socket.local_addr().unwrap().port(), port, "{marker}: it is the same socket");
+            assert_eq!(socket.local_addr().unwrap().port(), port, "{marker}");
         });
         Self { name, by, family, to, _worker: worker }
     }

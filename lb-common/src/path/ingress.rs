@@ -109,8 +109,6 @@ fn known<P: Packet, S: State>(
     // TCP stays with an endpoint that is gone, as kube-proxy's does; only a new connection must not (`pitfalls.md` P1).
     let mut asks_endpoint = headers.proto != protocol::TCP;
     let mut closes = false;
-    // Both sides have said that they are done: what comes is the last acknowledgement.
-    let ends = flow.state & state::RESET != 0 || !flow.is_closed();
     if headers.proto == protocol::TCP {
         if headers.tcp & (tcp_flags::SYN | tcp_flags::ACK) == tcp_flags::SYN {
             if flow.state & state::CLOSING != 0 {
@@ -121,26 +119,16 @@ fn known<P: Packet, S: State>(
             closes = flow.note(headers.tcp, state::CLIENT_FIN);
         }
     }
-    let (addr, port, forwarded, id, generation, service, bridge, seen) = (
-        flow.endpoint,
-        flow.endpoint_port,
-        flow.forwarded_port,
-        flow.endpoint_id,
-        flow.generation,
-        flow.service,
-        flow.bridge,
-        flow.seen,
-    );
+    let (addr, port, forwarded, bridge, seen) =
+        (flow.endpoint, flow.endpoint_port, flow.forwarded_port, flow.bridge, flow.seen);
+    // The rest is not kept on the stack, which is short.
+    (scratch.endpoint_id, scratch.generation, scratch.state) = (flow.endpoint_id, flow.generation, flow.state);
     flow.seen = now;
     if asks_endpoint {
-        if !state.endpoint(id).is_some_and(|endpoint| endpoint.serves(generation)) || !names(headers, service, state) {
+        if !holds(headers, scratch, state) {
             return None;
         }
-    } else if ends
-        && headers.tcp & tcp_flags::RST == 0
-        && state.terminates()
-        && !state.endpoint(id).is_some_and(|endpoint| endpoint.serves(generation))
-    {
+    } else if state.terminates() && is_cut_off(headers, scratch, state) {
         close(&key, state::RESET, scratch, state);
         return Some(terminate(packet, hook, headers, state));
     }
@@ -159,10 +147,25 @@ fn known<P: Packet, S: State>(
     Some(if bridge == 0 { Action::Next(Reason::Established) } else { Action::Bridge(bridge, Reason::Established) })
 }
 
-/// Whether the packet's destination is this Service port's still. An external address may have become another's.
+/// Whether a flow goes on as it is: its endpoint serves, and the packet's destination is the same Service port's still. An
+/// external address may have become another's.
 #[inline(never)]
-fn names<S: State>(headers: &Headers, service: u32, state: &S) -> bool {
-    find(&headers.dst, headers.dport, headers.proto, state).is_some_and(|frontend| frontend.service == service)
+fn holds<S: State>(headers: &Headers, flow: &Flow, state: &S) -> bool {
+    serves(flow, state)
+        && find(&headers.dst, headers.dport, headers.proto, state)
+            .is_some_and(|frontend| frontend.service == flow.service)
+}
+
+/// Whether a TCP connection has lost its endpoint. Where both sides have said that they are done, it may end by itself.
+#[inline(never)]
+fn is_cut_off<S: State>(headers: &Headers, flow: &Flow, state: &S) -> bool {
+    let goes_on = flow.state & state::RESET != 0 || !flow.is_closed();
+    goes_on && headers.tcp & tcp_flags::RST == 0 && !serves(flow, state)
+}
+
+#[inline(always)]
+fn serves<S: State>(flow: &Flow, state: &S) -> bool {
+    state.endpoint(flow.endpoint_id).is_some_and(|endpoint| endpoint.serves(flow.generation))
 }
 
 /// Ends a connection on both sides: a copy of the packet goes on to the endpoint as a reset, itself it is refused.
