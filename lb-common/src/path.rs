@@ -13,8 +13,10 @@ use crate::{
     decide::Question,
     flow::{CARE_INTERVAL, Flow, FlowKey, FragmentKey, state, tcp_flags},
     layout::protocol,
+    packet::Packet,
     parse::{Headers, Part},
-    reason::Reason,
+    reason::{Reason, Verdict},
+    rewrite::settle_sctp,
     tables::State,
 };
 
@@ -102,6 +104,16 @@ fn complete_fragment<S: State>(headers: &mut Headers, at: At, state: &mut S) -> 
     let Some(ports) = state.fragment(&key) else { return false };
     (headers.sport, headers.dport) = (ports.sport, ports.dport);
     true
+}
+
+/// What becomes of a packet with ports after all changes.
+#[inline(always)]
+fn settled<P: Packet>(packet: &mut P, headers: &Headers, action: Action) -> Action {
+    let translated = action.reason().verdict() == Verdict::Translate;
+    if headers.proto == protocol::SCTP && translated && settle_sctp(packet, headers).is_none() {
+        return Action::Drop(Reason::Internal);
+    }
+    action
 }
 
 /// Whether a packet must belong to a connection that already exists.

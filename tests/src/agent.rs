@@ -43,18 +43,27 @@ impl Agent {
 
     /// Starts an agent on an API server and waits until it is ready.
     pub fn start_on_api_server(lab: &Lab, node: &Node, kubeconfig: &Path, flags: &[&str]) -> Self {
-        let mut agent = Self::prepare(lab, node, "--kubeconfig", kubeconfig, flags)
+        let mut agent = Self::prepare(lab, node, ("--kubeconfig", kubeconfig), lab.cgroup(), flags)
             .unwrap_or_else(|error| panic!("preparing the agent of {}: {error:#}", node.name));
         agent.restart();
         agent
     }
 
-    /// Prepares an agent on a folder of manifests without starting it.
-    pub fn new(lab: &Lab, node: &Node, manifests: &Path, flags: &[&str]) -> Result<Self> {
-        Self::prepare(lab, node, "--manifests", manifests, flags)
+    /// Starts an agent on an API server and waits until it is ready; also for processes in other cgroups than the lab's, as Pods' are.
+    pub fn build(lab: &Lab, node: &Node, kubeconfig: &Path, flags: &[&str]) -> Result<Self> {
+        let root = lab.cgroup().parent().context("a lab's cgroup is below the root")?;
+        let mut agent = Self::prepare(lab, node, ("--kubeconfig", kubeconfig), root, flags)?;
+        agent.spawn()?;
+        agent.wait_ready(Duration::from_secs(20))?;
+        Ok(agent)
     }
 
-    fn prepare(lab: &Lab, node: &Node, source: &str, place: &Path, flags: &[&str]) -> Result<Self> {
+    /// Prepares an agent on a folder of manifests without starting it.
+    pub fn new(lab: &Lab, node: &Node, manifests: &Path, flags: &[&str]) -> Result<Self> {
+        Self::prepare(lab, node, ("--manifests", manifests), lab.cgroup(), flags)
+    }
+
+    fn prepare(lab: &Lab, node: &Node, source: (&str, &Path), cgroup: &Path, flags: &[&str]) -> Result<Self> {
         let binary = match &lab.topology().binary {
             Some(path) => path.clone(),
             None => find_binary()?,
@@ -62,10 +71,10 @@ impl Agent {
         let bpffs = lab.bpffs(node);
         let text = |path: &Path| path.display().to_string();
         let mut arguments = vec!["run".to_owned()];
-        arguments.extend([source.to_owned(), text(place)]);
+        arguments.extend([source.0.to_owned(), text(source.1)]);
         arguments.extend(["--hostname-override".to_owned(), node.name.clone()]);
         arguments.extend(["--bpffs".to_owned(), text(&bpffs)]);
-        arguments.extend(["--cgroup".to_owned(), text(lab.cgroup())]);
+        arguments.extend(["--cgroup".to_owned(), text(cgroup)]);
         arguments.extend(["--log-format".to_owned(), "json".to_owned()]);
         arguments.extend(flags.iter().map(|flag| (*flag).to_owned()));
         let log = lab.folder().join("log").join(format!("{}.log", node.name));

@@ -1,7 +1,9 @@
 //! Kubernetes' own control plane, in the lab's switch, where every node reaches it. In: a lab. Out: etcd, API server and controllers
-//! that run, kubeconfigs for their users, an [`Api`] for the test. Never here: a kubelet; tests say themselves what Pods are like.
+//! that run, kubeconfigs for their users, an [`Api`] for the test. Never here: a kubelet. Tests say themselves what Pods are like, or
+//! start a [`crate::Kubelet`] beside it.
 
 mod api;
+mod dns;
 mod keys;
 pub mod parts;
 
@@ -11,7 +13,7 @@ use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, Output, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -33,10 +35,12 @@ const PATIENCE: Duration = Duration::from_secs(90);
 const ETCD: &str = "127.0.0.1:2379";
 
 /// Every user by name, with its group; the token is the name.
-const USERS: [(&str, &str, &str); 4] = [
+const USERS: [(&str, &str, &str); 5] = [
     ("admin", "admin", "system:masters"),
     // All controllers as one user, which spares each its own service account.
     ("controllers", "controllers", "system:masters"),
+    // What a kubelet may do is not what is tested.
+    ("kubelet", "kubelet", "system:masters"),
     // What kube-proxy is to the API server: ClusterRole system:node-proxier, by a binding that every API server makes.
     ("proxy", "system:kube-proxy", ""),
     // Nobody, until a test grants it something.
@@ -49,8 +53,28 @@ pub struct ControlPlane {
     binary: PathBuf,
     netns: Netns,
     folder: PathBuf,
+    nodes: Nodes,
     processes: BTreeMap<&'static str, Child>,
 }
+
+/// Who says what Nodes and Pods are like.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Nodes {
+    /// The test.
+    Written,
+    /// Kubelets.
+    Run,
+}
+
+/// The controllers that make endpoints of Pods, and clean up.
+const CONTROLLERS: &str = "endpoints-controller,endpointslice-controller,endpointslice-mirroring-controller,\
+     serviceaccount-controller,namespace-controller,garbage-collector-controller";
+
+/// Those that make Pods besides, and look after them and their nodes.
+const POD_CONTROLLERS: &str = "serviceaccount-token-controller,root-ca-certificate-publisher-controller,\
+     replicationcontroller-controller,replicaset-controller,deployment-controller,daemonset-controller,statefulset-controller,\
+     job-controller,disruption-controller,resourcequota-controller,node-lifecycle-controller,taint-eviction-controller,\
+     pod-garbage-collector-controller,service-cidr-controller";
 
 impl ControlPlane {
     /// Starts it in the lab. Panics with the reason when that can't be done: nothing can be tested then.
@@ -60,7 +84,24 @@ impl ControlPlane {
 
     /// Starts it in the lab, with a Node object for each node.
     pub fn build(lab: &Lab) -> Result<Self> {
-        let binary = parts::ensure()?;
+        let plane = Self::build_for(lab, Nodes::Written)?;
+        for node in &lab.nodes {
+            plane.api().put(crate::manifest::node_object(node));
+        }
+        Ok(plane)
+    }
+
+    /// Starts it with a scheduler, a name server and what else kubelets and their Pods need.
+    pub fn build_for_kubelets(lab: &Lab) -> Result<Self> {
+        let mut plane = Self::build_for(lab, Nodes::Run)?;
+        let kubeconfig = format!("--kubeconfig={}", plane.kubeconfig("controllers").display());
+        plane.spawn("kube-scheduler", &[kubeconfig, "--leader-elect=false".to_owned()])?;
+        dns::start(&mut plane)?;
+        Ok(plane)
+    }
+
+    fn build_for(lab: &Lab, nodes: Nodes) -> Result<Self> {
+        let binary = parts::ensure(&parts::KUBE)?;
         let folder = lab.folder().join("control-plane");
         fs::create_dir(&folder).with_context(|| format!("creating {}", folder.display()))?;
         keys::make(&folder)?;
@@ -70,15 +111,12 @@ impl ControlPlane {
             fs::write(folder.join(format!("{token}.kubeconfig")), kubeconfig(&folder, token))?;
         }
         fs::write(folder.join("tokens.csv"), tokens)?;
-        let mut plane = Self { binary, netns: lab.switch.clone(), folder, processes: BTreeMap::new() };
+        let mut plane = Self { binary, netns: lab.switch.clone(), folder, nodes, processes: BTreeMap::new() };
         plane.start_etcd()?;
         plane.start_api_server()?;
         plane.start_controllers()?;
         let api = plane.api();
         plane.wait_for("the controllers", || api.get("/api/v1/namespaces/default/serviceaccounts/default").is_ok())?;
-        for node in &lab.nodes {
-            api.put(crate::manifest::node_object(node));
-        }
         Ok(plane)
     }
 
@@ -87,9 +125,46 @@ impl ControlPlane {
         Api::new(&self.netns, &self.kubeconfig("admin"))
     }
 
-    /// The kubeconfig of a user: `admin`, `proxy`, `other`.
+    /// The address of the name server's Service.
+    pub fn dns(&self) -> &'static str {
+        dns::ADDRESS
+    }
+
+    /// The namespace it runs in.
+    pub fn netns(&self) -> &Netns {
+        &self.netns
+    }
+
+    /// The kubeconfig of a user: `admin`, `kubelet`, `proxy`, `other`.
     pub fn kubeconfig(&self, user: &str) -> PathBuf {
         self.folder.join(format!("{user}.kubeconfig"))
+    }
+
+    /// The kubeconfig of a service account, which is there already.
+    pub fn kubeconfig_of_account(&self, namespace: &str, name: &str) -> Result<PathBuf> {
+        let path = format!("/api/v1/namespaces/{namespace}/serviceaccounts/{name}/token");
+        let request = json!({"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": {}});
+        let answer = self.api().create(&path, &request)?;
+        let token = answer["status"]["token"].as_str().context("a TokenRequest is answered by a token")?;
+        let file = self.folder.join(format!("{namespace}-{name}.kubeconfig"));
+        fs::write(&file, kubeconfig(&self.folder, token)).with_context(|| format!("writing {}", file.display()))?;
+        Ok(file)
+    }
+
+    /// Runs kubectl as the administrator, with something on its standard input.
+    pub fn kubectl(&self, arguments: &[&str], input: &str) -> Result<Output> {
+        let mut command = Command::new(parts::ensure(&parts::KUBECTL)?);
+        self.netns.apply(&mut command)?;
+        command.arg("--kubeconfig").arg(self.kubeconfig("admin")).args(arguments);
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().context("running kubectl")?;
+        child
+            .stdin
+            .take()
+            .context("kubectl has an input")?
+            .write_all(input.as_bytes())
+            .context("writing to kubectl")?;
+        Ok(child.wait_with_output()?)
     }
 
     /// Starts the API server, and waits until it is ready.
@@ -114,11 +189,17 @@ impl ControlPlane {
                 "--authorization-mode=RBAC",
                 "--service-cluster-ip-range=10.96.0.0/16,fd00:10:96::/108",
                 "--enable-priority-and-fairness=false",
-                // Tests make Pods without service accounts.
-                "--disable-admission-plugins=ServiceAccount",
+                "--allow-privileged",
             ]
             .map(str::to_owned),
         );
+        let more: &[&str] = match self.nodes {
+            // Tests make Pods without service accounts.
+            Nodes::Written => &["--disable-admission-plugins=ServiceAccount"],
+            // Nobody resolves the names of nodes.
+            Nodes::Run => &["--kubelet-preferred-address-types=InternalIP"],
+        };
+        arguments.extend(more.iter().map(|flag| (*flag).to_owned()));
         self.spawn("kube-apiserver", &arguments)?;
         let api = self.api();
         self.wait_for("the API server", || api.text("/readyz").is_ok_and(|text| text == "ok"))
@@ -159,23 +240,34 @@ impl ControlPlane {
     }
 
     fn start_controllers(&mut self) -> Result<()> {
-        let controllers = "endpoints-controller,endpointslice-controller,endpointslice-mirroring-controller,\
-             serviceaccount-controller,namespace-controller,garbage-collector-controller";
-        let arguments = [
+        let mut arguments = vec![
             format!("--kubeconfig={}", self.kubeconfig("controllers").display()),
-            format!("--controllers={controllers}"),
             "--leader-elect=false".to_owned(),
             "--kube-api-qps=500".to_owned(),
             "--kube-api-burst=1000".to_owned(),
         ];
+        match self.nodes {
+            Nodes::Written => arguments.push(format!("--controllers={CONTROLLERS}")),
+            Nodes::Run => {
+                arguments.push(format!("--controllers={CONTROLLERS},{POD_CONTROLLERS}"));
+                for (flag, file) in [("service-account-private-key-file", "accounts.key"), ("root-ca-file", "ca.crt")] {
+                    arguments.push(format!("--{flag}={}", self.folder.join(file).display()));
+                }
+            }
+        }
         self.spawn("kube-controller-manager", &arguments)
     }
 
     fn spawn(&mut self, part: &'static str, arguments: &[String]) -> Result<()> {
-        let log = File::options().create(true).append(true).open(self.log(part))?;
         let mut command = Command::new(&self.binary);
+        command.arg(part).args(arguments);
+        self.spawn_command(part, command)
+    }
+
+    fn spawn_command(&mut self, part: &'static str, mut command: Command) -> Result<()> {
+        let log = File::options().create(true).append(true).open(self.log(part))?;
         self.netns.apply(&mut command)?;
-        command.arg(part).args(arguments).current_dir(&self.folder);
+        command.current_dir(&self.folder);
         command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log).process_group(0);
         self.processes.insert(part, command.spawn().with_context(|| format!("starting {part}"))?);
         Ok(())
@@ -230,7 +322,7 @@ impl Drop for ControlPlane {
             eprintln!("--- log of the API server:\n{}", log_tail(&self.folder, "kube-apiserver"));
         }
         // Who depends on the others ends before them.
-        for part in ["kube-controller-manager", "kube-apiserver", "etcd"] {
+        for part in ["coredns", "kube-scheduler", "kube-controller-manager", "kube-apiserver", "etcd"] {
             self.end(part);
         }
     }

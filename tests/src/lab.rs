@@ -118,6 +118,11 @@ impl Lab {
         &self.topology
     }
 
+    /// What sets its names apart from those of other labs.
+    pub fn id(&self) -> &str {
+        self.folder.id()
+    }
+
     /// The lab's temporary folder.
     pub fn folder(&self) -> &Path {
         self.folder.path()
@@ -188,6 +193,11 @@ impl Lab {
             [SocketAddr::from((topology::OUTSIDE_V4, port)), SocketAddr::from((topology::OUTSIDE_V6, port))];
         Server::start(&self.outside, "outside", &addresses)
             .unwrap_or_else(|error| panic!("serving port {port} outside: {error:#}"))
+    }
+
+    /// Lets the switch find the nodes' Pods, as a control plane does that speaks to them. Otherwise it knows no way there.
+    pub fn route_pods_from_switch(&self) -> Result<()> {
+        wiring::route_pods_from_switch(self)
     }
 
     /// How many packets a counter of the node's CNI rules has seen: `invalid`, `masqueraded`.

@@ -11,6 +11,8 @@ pub mod command;
 pub mod control_plane;
 pub mod folder;
 pub mod foreign;
+pub mod kube_proxy;
+pub mod kubelet;
 pub mod lab;
 pub mod manifest;
 pub mod netns;
@@ -22,6 +24,8 @@ pub mod tun;
 
 pub use self::agent::Agent;
 pub use self::control_plane::ControlPlane;
+pub use self::kube_proxy::KubeProxy;
+pub use self::kubelet::Kubelet;
 pub use self::lab::{Lab, Node, Pod};
 pub use self::netns::Netns;
 pub use self::topology::{Topology, Wiring};

@@ -17,6 +17,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use crate::cgroup;
 use crate::command;
 use crate::folder;
+use crate::kubelet;
 use crate::lab::NETNS_PREFIX;
 use crate::netns::{self, Netns};
 
@@ -64,6 +65,11 @@ pub fn find() -> Result<Vec<Leftover>> {
         found.extend(processes_in_cgroup(&path).into_iter().map(Leftover::Process));
         found.insert(Leftover::Cgroup(path));
     }
+    for (id, path) in kubelet::leftovers() {
+        if !folder::in_use(&id) {
+            found.insert(Leftover::Cgroup(path));
+        }
+    }
     let idle: Vec<PathBuf> = folder::all().iter().filter(|id| !folder::in_use(id)).map(|id| folder::of(id)).collect();
     found.extend(mounts_below(&idle)?.into_iter().map(Leftover::Mount));
     found.extend(idle.into_iter().map(Leftover::Folder));
@@ -101,7 +107,7 @@ fn remove(leftover: &Leftover) -> Result<()> {
         Leftover::Netns(name) => {
             command::run("ip", &["netns", "delete", name])?;
         }
-        Leftover::Cgroup(path) => cgroup::remove(path)?,
+        Leftover::Cgroup(path) => kubelet::remove_cgroups(path)?,
         Leftover::Folder(path) => match fs::remove_dir_all(path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error.into()),
             _ => {}

@@ -2,6 +2,7 @@
 //! kubeconfigs, commands to explore it; it stays up until Ctrl-C or `cargo xtask cluster down`, and then nothing is left.
 
 use std::fs;
+use std::path::Path;
 use std::process::ExitCode;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -51,7 +52,10 @@ pub fn run(options: &Options) -> Result<ExitCode> {
 /// Compiles the Kubernetes parts, with what that needs.
 pub fn build() -> Result<()> {
     setup::ensure_cluster()?;
-    parts::ensure_by(|command| process::run("compiling Kubernetes' control plane", command)).map(drop)
+    for part in [&parts::KUBE, &parts::KUBECTL, &parts::HELM] {
+        parts::ensure_by(part, |command| process::run(&format!("compiling {}", part.name), command))?;
+    }
+    Ok(())
 }
 
 fn up() -> Result<()> {
@@ -81,7 +85,7 @@ fn up() -> Result<()> {
         servers.len(),
         start.elapsed().as_secs_f32()
     );
-    explore(&lab, &plane);
+    explore(&lab, &plane, &parts::ensure(&parts::KUBECTL)?);
     while !interrupt::came() {
         thread::sleep(Duration::from_millis(50));
     }
@@ -89,32 +93,32 @@ fn up() -> Result<()> {
     Ok(())
 }
 
-fn explore(lab: &Lab, plane: &ControlPlane) {
+fn explore(lab: &Lab, plane: &ControlPlane, kubectl: &Path) {
     let (node, agent) = (lab.node(1), workspace::agent());
     let (enter, bpffs) = (format!("ip netns exec {}", node.netns.name()), lab.bpffs(node));
     println!("In another terminal, as root:");
-    println!("  {enter} kubectl --kubeconfig {} get services,endpointslices,pods", plane.kubeconfig("admin").display());
+    let (kubectl, admin) = (kubectl.display(), plane.kubeconfig("admin"));
+    println!("  {enter} {kubectl} --kubeconfig {} get services,endpointslices,pods", admin.display());
     for subcommand in ["status", "services", "endpoints"] {
         println!("  {enter} {} {subcommand} --bpffs {}", agent.display(), bpffs.display());
     }
-    println!("  ip netns exec {} curl http://10.99.1.10/", lab.outside.name());
+    println!("  ip netns exec {} curl -sS http://10.99.1.10/", lab.outside.name());
     println!("Ctrl-C or `cargo xtask cluster down` ends it.");
 }
 
 fn down() -> Result<()> {
-    let marked = || folder::all().into_iter().filter(|id| folder::of(id).join(MARK).exists());
-    let mut ended = 0;
-    for id in marked().filter(|id| folder::in_use(id)) {
-        let owner = id.split('-').next().unwrap_or_default();
+    let marked = folder::all().into_iter().filter(|id| folder::of(id).join(MARK).exists() && folder::in_use(id));
+    let owners: Vec<String> = marked.filter_map(|id| Some(id.split('-').next()?.to_owned())).collect();
+    for owner in &owners {
         process::run("ending the cluster", std::process::Command::new("kill").arg(owner))?;
-        ended += 1;
     }
     let start = Instant::now();
-    while marked().any(|id| folder::in_use(&id)) {
+    // Not the folder, which is half gone for some time.
+    while owners.iter().any(|owner| Path::new("/proc").join(owner).exists()) {
         ensure!(start.elapsed() < Duration::from_secs(60), "the cluster's owner does not end");
         thread::sleep(Duration::from_millis(50));
     }
     let left = residue::clean()?.len();
-    println!("{ended} clusters ended; {left} leftovers of killed runs removed.");
+    println!("{} clusters ended; {left} leftovers of killed runs removed.", owners.len());
     Ok(())
 }

@@ -2,6 +2,7 @@
 
 mod check;
 mod cluster;
+mod conformance;
 mod demo;
 mod fuzz;
 mod interrupt;
@@ -37,6 +38,8 @@ enum Task {
     Fuzz(fuzz::Options),
     /// A real control plane and agents on it, to look at (root)
     Cluster(cluster::Options),
+    /// Kubernetes' own tests of Services, with the agent in kube-proxy's place, on a node with a real kubelet (root; minutes)
+    Conformance(conformance::Options),
     /// Install what building and testing need and isn't there; asks nothing
     Setup(setup::Options),
     /// Write a folder of manifests with many Services
@@ -53,6 +56,7 @@ fn main() -> ExitCode {
         Task::Check(options) => check::run(&options),
         Task::Fuzz(options) => fuzz::run(&options),
         Task::Cluster(options) => cluster::run(&options),
+        Task::Conformance(options) => conformance::run(&options),
         Task::Setup(options) => setup::run(&options),
         Task::Scale(options) => scale::run(&options),
         Task::Guest => kernels::guest::run(),

@@ -8,6 +8,7 @@ use std::process::{Command, ExitCode};
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use tests::control_plane::parts;
+use tests::kubelet;
 
 use crate::process;
 use crate::workspace;
@@ -108,6 +109,14 @@ pub fn ensure_cluster() -> Result<bool> {
     ensure_some(cluster_needs(), "install Go 1.26 or newer and openssl from your distribution; what is missing")
 }
 
+/// Installs what a node with a real kubelet needs and isn't there; true if something was missing.
+pub fn ensure_nodes() -> Result<bool> {
+    ensure_some(
+        node_needs(),
+        "install containerd, runc and the plugins of container networks from your distribution; what is missing",
+    )
+}
+
 /// Installs what libFuzzer is compiled with and isn't there; true if something was missing.
 pub fn ensure_fuzzer() -> Result<bool> {
     let needs = vec![Need {
@@ -142,6 +151,37 @@ fn cluster_needs() -> Vec<Need> {
             packages: &["openssl"],
             why: "the control plane of tests has certificates",
             found: workspace::find_program("openssl").is_some(),
+        },
+    ]
+}
+
+fn node_needs() -> Vec<Need> {
+    let has = |program: &str| workspace::find_program(program).is_some();
+    vec![
+        Need {
+            packages: &["containerd", "runc"],
+            why: "a kubelet runs Pods by it",
+            found: has("containerd") && has("runc"),
+        },
+        Need {
+            packages: &["containernetworking-plugins"],
+            why: "Pods get their devices and addresses by them",
+            found: Path::new(kubelet::CNI).join("ptp").exists(),
+        },
+        Need {
+            packages: &["iptables", "conntrack"],
+            why: "kubelet, the network of Pods and kube-proxy use them",
+            found: has("iptables") && has("conntrack"),
+        },
+        Need {
+            packages: &["busybox-static", "curl", "wget", "netcat-openbsd", "bind9-dnsutils"],
+            why: "Pods of Kubernetes' tests run them",
+            found: ["busybox", "curl", "wget", "nc.openbsd", "dig"].into_iter().all(has),
+        },
+        Need {
+            packages: &["util-linux", "mount"],
+            why: "a node has namespaces of its own for processes and mounts",
+            found: ["unshare", "nsenter", "mount"].into_iter().all(has),
         },
     ]
 }

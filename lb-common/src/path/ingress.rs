@@ -6,7 +6,7 @@ use super::{
     glance::may_enter,
     is_mid_flow,
     open::{establish, open},
-    wants_care,
+    settled, wants_care,
 };
 use crate::{
     addr::Port,
@@ -39,7 +39,8 @@ pub fn ingress<P: Packet, S: State>(packet: &mut P, hook: &Hook, scratch: &mut S
         // Not within `other`: Linux before 6.7 rounds each frame of a call chain up to 32 bytes, and this is the longest.
         icmp::ingress(packet, headers, quoted, state).unwrap_or_else(|| other(packet, hook, headers, state))
     } else if whole || complete_fragment(headers, At::Ingress, state) {
-        transport(packet, hook, headers, question, flow, state)
+        let action = transport(packet, hook, headers, question, flow, state);
+        settled(packet, headers, action)
     } else {
         lost_fragment(headers, state)
     };

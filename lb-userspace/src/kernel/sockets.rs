@@ -112,13 +112,13 @@ fn end_elsewhere(programs: &mut Programs, tcp: bool, memory: &Memory) -> Result<
 }
 
 fn end_here(programs: &mut Programs, is_pod: bool, tcp: bool, memory: &Memory) -> Result<usize> {
-    let told = told(programs)?;
-    if is_pod && told.is_empty() {
-        return Ok(0);
-    }
     let mut ended = 0;
     let protocols = [Some((protocol::UDP, "UDP")), tcp.then_some((protocol::TCP, "TCP"))];
     for (proto, name) in protocols.into_iter().flatten() {
+        let told = told(programs, proto)?;
+        if told.is_empty() && (is_pod || proto == protocol::TCP) {
+            continue;
+        }
         for family in [libc::AF_INET, libc::AF_INET6] {
             for socket in dump(family as u8, proto).with_context(|| format!("cannot list {name} sockets"))? {
                 let id = &socket.header.socket_id;
@@ -147,10 +147,10 @@ fn end(socket: &InetResponse, proto: u8) -> Result<bool> {
 }
 
 /// What the sockets of this namespace were told, by cookie.
-fn told(programs: &mut Programs) -> Result<BTreeMap<u64, Pairs>> {
+fn told(programs: &mut Programs, proto: u8) -> Result<BTreeMap<u64, Pairs>> {
     const COOKIE: usize = size_of::<u64>();
     let mut bytes = Vec::new();
-    programs.told()?.read_to_end(&mut bytes).context("cannot read what sockets were told")?;
+    programs.told(proto == protocol::TCP)?.read_to_end(&mut bytes).context("cannot read what sockets were told")?;
     let records = bytes.chunks_exact(COOKIE + size_of::<Pairs>()).map(|record| record.split_at(COOKIE));
     Ok(records.map(|(cookie, pairs)| (sys::value_of(cookie), sys::value_of(pairs))).collect())
 }

@@ -1,5 +1,5 @@
-//! The binary with Kubernetes' parts. In: the Go module in `tests/cluster`. Out: one program, compiled once and kept outside the
-//! checkout. Never here: a download from anywhere but the Go module proxy, which Go itself asks.
+//! The programs of other projects that tests run. In: the Go modules in `tests/cluster`. Out: each program, compiled once and kept outside
+//! the checkout. Never here: a download from anywhere but the Go module proxy, which Go itself asks.
 
 use std::fs::{self, File};
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
@@ -8,6 +8,42 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
+
+/// A program that is compiled from a Go module.
+#[derive(Debug)]
+pub struct Part {
+    /// The program's name.
+    pub name: &'static str,
+    /// The module's folder below `tests/cluster`.
+    module: &'static str,
+    /// The package, as Go names it from there.
+    package: &'static str,
+    /// Whether the package is a test, of which a program is made.
+    test: bool,
+    /// What else it is made from, besides the module's own two files.
+    sources: &'static [&'static str],
+}
+
+/// etcd, API server, controllers, scheduler, kubelet and kube-proxy: the first argument says which.
+pub const KUBE: Part = Part { name: "kube", module: "", package: ".", test: false, sources: &["main.go"] };
+
+/// kubectl of the same release.
+pub const KUBECTL: Part = Part { name: "kubectl", module: "kubectl", package: ".", test: false, sources: &["main.go"] };
+
+/// What renders charts.
+pub const HELM: Part =
+    Part { name: "helm", module: "helm", package: "helm.sh/helm/v3/cmd/helm", test: false, sources: &[] };
+
+/// Kubernetes' own tests of its network.
+pub const E2E: Part =
+    Part { name: "e2e.test", module: "", package: "./e2e", test: true, sources: &["e2e/e2e_test.go"] };
+
+/// What runs in the pods of these tests.
+pub const AGNHOST: Part =
+    Part { name: "agnhost", module: "", package: "k8s.io/kubernetes/test/images/agnhost", test: false, sources: &[] };
+
+/// The cluster's name server.
+pub const COREDNS: Part = Part { name: "coredns", module: "dns", package: ".", test: false, sources: &["main.go"] };
 
 /// What all parts call themselves: the release of k8s.io/kubernetes in go.mod.
 const MODULE: &str = "\tk8s.io/kubernetes v";
@@ -21,29 +57,38 @@ const OLDEST: u32 = 26;
 /// From here on Go fetches a newer compiler by itself.
 const FETCHES_ITSELF: u32 = 21;
 
-/// The binary, compiled first if it isn't there or is another recipe's. The first time takes minutes.
-pub fn ensure() -> Result<PathBuf> {
-    ensure_by(|command| {
-        eprintln!("Compiling etcd, kube-apiserver, kube-controller-manager and others; minutes, the first time");
+/// The program, compiled first if it isn't there or is another recipe's. The first time takes minutes.
+pub fn ensure(part: &Part) -> Result<PathBuf> {
+    ensure_by(part, |command| {
+        eprintln!("Compiling {}; minutes, the first time", part.name);
         let output = command.output().context("running go")?;
         let said = String::from_utf8_lossy(&output.stderr);
-        ensure!(output.status.success(), "the Kubernetes parts don't compile ({}):\n{said}", output.status);
+        ensure!(output.status.success(), "{} doesn't compile ({}):\n{said}", part.name, output.status);
         Ok(())
     })
 }
 
 /// The same, with the compilation in someone else's hands.
-pub fn ensure_by(compile: impl FnOnce(&mut Command) -> Result<()>) -> Result<PathBuf> {
-    let binary = folder()?.join("kube");
-    let stamp = folder()?.join("kube.recipe");
+pub fn ensure_by(part: &Part, compile: impl FnOnce(&mut Command) -> Result<()>) -> Result<PathBuf> {
+    let binary = folder()?.join(part.name);
+    let stamp = folder()?.join(format!("{}.recipe", part.name));
     let lock = File::create(folder()?.join("lock")).context("creating the lock of the Kubernetes parts")?;
     lock.lock().context("waiting for another build of the Kubernetes parts")?;
-    let recipe = recipe()?;
+    let recipe = recipe(part)?;
     if !binary.exists() || fs::read_to_string(&stamp).ok().as_ref() != Some(&recipe) {
-        compile(&mut command(&binary)?)?;
+        compile(&mut command(part, &binary)?)?;
         fs::write(&stamp, recipe).context("noting what was compiled")?;
     }
     Ok(binary)
+}
+
+/// Where Go has unpacked the sources of Kubernetes.
+pub fn kubernetes() -> Result<PathBuf> {
+    let mut command = Command::new(compiler()?);
+    command.args(["list", "-m", "-f", "{{.Dir}}", "k8s.io/kubernetes"]).current_dir(source(""));
+    let output = command.output().context("running go")?;
+    ensure!(output.status.success(), "go lists no k8s.io/kubernetes: {}", String::from_utf8_lossy(&output.stderr));
+    Ok(PathBuf::from(String::from_utf8_lossy(&output.stdout).trim()))
 }
 
 /// A Go compiler of any version, in PATH or where its own installation puts it.
@@ -53,13 +98,17 @@ pub fn go() -> Option<PathBuf> {
     places.map(|folder| folder.join("go")).find(|program| program.is_file())
 }
 
-fn command(binary: &Path) -> Result<Command> {
+/// A compiler that takes our modules, or fetches one that does.
+fn compiler() -> Result<PathBuf> {
     let Some(go) = go() else {
         bail!("Go is missing, which compiles Kubernetes' control plane; `cargo xtask setup --cluster` installs it")
     };
-    let minor = minor(&go)?;
-    let go = if minor < FETCHES_ITSELF { fetched(&go)? } else { go };
-    let text = fs::read_to_string(source().join("go.mod")).context("reading tests/cluster/go.mod")?;
+    if minor(&go)? < FETCHES_ITSELF { fetched(&go) } else { Ok(go) }
+}
+
+fn command(part: &Part, binary: &Path) -> Result<Command> {
+    let go = compiler()?;
+    let text = fs::read_to_string(source("").join("go.mod")).context("reading tests/cluster/go.mod")?;
     let release = text.lines().find_map(|line| line.strip_prefix(MODULE)).context("go.mod names no Kubernetes")?;
     let (major, rest) = release.split_once('.').context("a release has two dots")?;
     let patch = rest.split('.').next().unwrap_or_default();
@@ -70,10 +119,11 @@ fn command(binary: &Path) -> Result<Command> {
             flags += &format!(" -X {package}.{name}={value}");
         }
     }
-    let mut command = Command::new(go);
-    command.args(["build", "-trimpath", "-buildvcs=false", "-ldflags", &flags, "-o"]).arg(binary).arg(".");
-    command.current_dir(source()).env("CGO_ENABLED", "0");
-    if (FETCHES_ITSELF..OLDEST).contains(&minor) {
+    let mut command = Command::new(&go);
+    command.args(if part.test { ["test", "-c"].as_slice() } else { &["build"] });
+    command.args(["-trimpath", "-buildvcs=false", "-ldflags", &flags, "-o"]).arg(binary).arg(part.package);
+    command.current_dir(source(part.module)).env("CGO_ENABLED", "0");
+    if (FETCHES_ITSELF..OLDEST).contains(&minor(&go)?) {
         command.env("GOTOOLCHAIN", "auto");
     }
     Ok(command)
@@ -112,16 +162,17 @@ fn fetched(go: &Path) -> Result<PathBuf> {
     Ok(folder.join("bin/go"))
 }
 
-/// The Go module.
-fn source() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("cluster")
+/// A Go module's folder.
+fn source(module: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("cluster").join(module)
 }
 
-/// What the binary is made from, in a word.
-fn recipe() -> Result<String> {
+/// What the program is made from, in a word.
+fn recipe(part: &Part) -> Result<String> {
     let mut hasher = DefaultHasher::new();
-    for name in ["go.mod", "go.sum", "main.go"] {
-        fs::read(source().join(name)).with_context(|| format!("reading tests/cluster/{name}"))?.hash(&mut hasher);
+    for name in ["go.mod", "go.sum"].iter().chain(part.sources) {
+        let path = source(part.module).join(name);
+        fs::read(&path).with_context(|| format!("reading {}", path.display()))?.hash(&mut hasher);
     }
     Ok(format!("{:x}", hasher.finish()))
 }

@@ -34,6 +34,11 @@ pub fn build(lab: &Lab) -> Result<()> {
     Ok(())
 }
 
+/// Routes from the switch to every node's Pods.
+pub fn route_pods_from_switch(lab: &Lab) -> Result<()> {
+    lab.switch.ip(&lab.nodes.iter().flat_map(routes_to_pods_of).collect::<Vec<_>>())
+}
+
 /// How many packets a named counter of the CNI rules has seen.
 pub fn cni_counter(netns: &Netns, counter: &str) -> Result<u64> {
     let text = netns.exec("nft", &["--json", "list", "counter", "inet", "cni", counter])?;

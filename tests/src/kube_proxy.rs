@@ -1,0 +1,54 @@
+//! The real kube-proxy, to compare with. In: a lab's node, a control plane, a mode. Out: a process that serves the node until dropped;
+//! its rules go with the node.
+
+use std::fs::{self, File};
+use std::os::unix::process::CommandExt;
+use std::process::{Child, Command, Stdio};
+
+use anyhow::{Context, Result};
+use serde_json::json;
+
+use crate::control_plane::{ControlPlane, parts};
+use crate::lab::{Lab, Node};
+
+/// The pods' networks, as `--cluster-cidr` takes them.
+pub const CLUSTER_CIDR: &str = "10.244.0.0/16,fd00:10:244::/48";
+
+/// A kube-proxy that runs.
+#[derive(Debug)]
+pub struct KubeProxy {
+    process: Child,
+}
+
+impl KubeProxy {
+    /// Starts it.
+    pub fn start(lab: &Lab, node: &Node, plane: &ControlPlane, mode: &str) -> Result<Self> {
+        let configuration = json!({
+            "apiVersion": "kubeproxy.config.k8s.io/v1alpha1",
+            "kind": "KubeProxyConfiguration",
+            "mode": mode,
+            "hostnameOverride": node.name,
+            "clientConnection": {"kubeconfig": plane.kubeconfig("proxy")},
+            "clusterCIDR": CLUSTER_CIDR,
+            "detectLocalMode": "ClusterCIDR",
+            "oomScoreAdj": 0,
+            // nf_conntrack_max can't be written outside the machine's first network namespace.
+            "conntrack": {"maxPerCore": 0},
+        });
+        let file = lab.folder().join(format!("kube-proxy-{}.json", node.name));
+        fs::write(&file, configuration.to_string()).context("writing kube-proxy's configuration")?;
+        let log = File::create(lab.folder().join("log").join(format!("kube-proxy-{}.log", node.name)))?;
+        let mut command = Command::new(parts::ensure(&parts::KUBE)?);
+        node.netns.apply(&mut command)?;
+        command.arg("kube-proxy").arg("--config").arg(file);
+        command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log).process_group(0);
+        Ok(Self { process: command.spawn().context("starting kube-proxy")? })
+    }
+}
+
+impl Drop for KubeProxy {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
