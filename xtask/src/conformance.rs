@@ -39,9 +39,15 @@ pub struct Options {
     /// Only specs whose name matches this regular expression
     #[arg(long, default_value = "", hide_default_value = true)]
     spec: String,
-    /// Number of nodes, 1 to 9, each with a kubelet
-    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=9))]
-    nodes: u8,
+    /// Number of nodes, 1 to 9, each with a kubelet; otherwise as many as the specs ask for: 3 with `--all`, or 1
+    #[arg(long, value_parser = clap::value_parser!(u8).range(1..=9))]
+    nodes: Option<u8>,
+}
+
+impl Options {
+    fn nodes(&self) -> u8 {
+        self.nodes.unwrap_or(if self.all { 3 } else { 1 })
+    }
 }
 
 /// What kube-proxy is run for.
@@ -130,7 +136,7 @@ fn run_specs(options: &Options, proxy: Proxy, mode: Mode) -> Result<Vec<Spec>> {
     // Dropped in the opposite order: what needs others ends before them.
     let _settings = Settings::note()?;
     let topology =
-        Topology { nodes: options.nodes, pods_per_node: 0, binary: Some(workspace::agent()), ..Topology::default() };
+        Topology { nodes: options.nodes(), pods_per_node: 0, binary: Some(workspace::agent()), ..Topology::default() };
     let lab = Lab::build(topology)?;
     lab.route_pods_from_switch()?;
     interrupt::check()?;
@@ -150,7 +156,7 @@ fn run_specs(options: &Options, proxy: Proxy, mode: Mode) -> Result<Vec<Spec>> {
         interrupt::check()?;
     }
     println!("  {} of {} Ready after {:.0} s", kubelets.len(), lab.nodes.len(), start.elapsed().as_secs_f32());
-    let specs = specs::run(&plane, &focus(options), options.nodes, &logs);
+    let specs = specs::run(&plane, &focus(options), options.nodes(), &logs);
     // Whatever became of them, how it looked from the proxies is kept.
     keep_logs(&lab.folder().join("log"), &logs)?;
     drop(running);
