@@ -16,6 +16,7 @@ use crate::{
     layout::{
         Device, Endpoint, Frontend, FrontendKey, NodeAddress, PrefixKey, ServiceName, Settings, bit_index, device_flags,
     },
+    packet::Packet,
     tables::{State, Tables},
 };
 
@@ -122,6 +123,8 @@ pub struct Machine {
     pub service_counters: BTreeMap<u32, ServiceCounters>,
     /// The time in seconds.
     pub now: u32,
+    /// Copies of frames that are to enter once more, and by which device.
+    pub entered: Vec<(u32, Vec<u8>)>,
 }
 
 /// Ports that a [`Machine`] masquerades with: the first, and how many.
@@ -226,6 +229,19 @@ impl State for Machine {
 
     fn leaves_mid_flow(&self) -> bool {
         self.tables.settings.leaves_mid_flow(self.now)
+    }
+
+    fn terminates(&self) -> bool {
+        self.tables.settings.terminates()
+    }
+
+    fn enter_again<P: Packet>(&mut self, packet: &P, device: u32) {
+        let words = (0..packet.len() / 2).filter_map(|i| packet.read::<u16>(i * 2));
+        let mut frame: Vec<u8> = words.flat_map(u16::to_ne_bytes).collect();
+        if !packet.len().is_multiple_of(2) {
+            frame.extend(packet.read::<u16>(packet.len() - 2).map(|last| last.to_ne_bytes()[1]));
+        }
+        self.entered.push((device, frame));
     }
 
     fn may_refuse(&mut self) -> bool {

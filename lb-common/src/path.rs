@@ -13,8 +13,10 @@ use crate::{
     decide::Question,
     flow::{CARE_INTERVAL, Flow, FlowKey, FragmentKey, state, tcp_flags},
     layout::protocol,
+    packet::Packet,
     parse::{Headers, Part},
-    reason::Reason,
+    reason::{Reason, Verdict},
+    rewrite::settle_sctp,
     tables::State,
 };
 
@@ -104,6 +106,16 @@ fn complete_fragment<S: State>(headers: &mut Headers, at: At, state: &mut S) -> 
     true
 }
 
+/// What becomes of a packet with ports after all changes.
+#[inline(always)]
+fn settled<P: Packet>(packet: &mut P, headers: &Headers, action: Action) -> Action {
+    let translated = action.reason().verdict() == Verdict::Translate;
+    if headers.proto == protocol::SCTP && translated && settle_sctp(packet, headers).is_none() {
+        return Action::Drop(Reason::Internal);
+    }
+    action
+}
+
 /// Whether a packet must belong to a connection that already exists.
 #[inline(always)]
 const fn is_mid_flow(headers: &Headers) -> bool {
@@ -145,14 +157,15 @@ fn keep<S: State>(key: &FlowKey, flow: &Flow, state: &mut S) {
     }
 }
 
-/// Tells all entries of a connection that one side ends it.
+/// Tells all entries of a connection that one side ends it. `also`: what the entry of this key doesn't say yet.
 #[inline(never)]
-fn close<S: State>(key: &FlowKey, flow: &mut Flow, state: &mut S) {
+fn close<S: State>(key: &FlowKey, also: u8, flow: &mut Flow, state: &mut S) {
     match state.flow(key) {
         Some(entry) => *flow = *entry,
         None => return,
     }
     let flow = core::hint::black_box(flow);
+    flow.state |= also;
     note_closing(&flow.request_key(key.proto), flow, state);
     note_closing(&flow.forwarded_key(key.proto), flow, state);
     if flow.node_port.be != 0 {

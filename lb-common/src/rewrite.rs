@@ -21,7 +21,8 @@ pub enum Side {
 /// Replaces the address and port of one side. `None`: the packet can't be rewritten, and may be half done.
 ///
 /// Checksums are updated by differences, which is right for complete ones and for those that the sender left to the
-/// device (`lab.md` §1). A later fragment has no port and no checksum. SCTP's checksum covers its ports but no addresses.
+/// device (`lab.md` §1). A later fragment has no port and no checksum. SCTP's checksum covers its ports but no addresses, and
+/// is left to [`settle_sctp`].
 #[inline(always)]
 pub fn rewrite<P: Packet>(packet: &mut P, headers: &Headers, side: Side, addr: &Addr, port: Port) -> Option<()> {
     let old = match side {
@@ -39,7 +40,7 @@ pub fn rewrite<P: Packet>(packet: &mut P, headers: &Headers, side: Side, addr: &
     rewrite_port(packet, headers, side, port)
 }
 
-/// Replaces the port of one side.
+/// Replaces the port of one side, but for SCTP's checksum ([`settle_sctp`]).
 #[inline(always)]
 pub fn rewrite_port<P: Packet>(packet: &mut P, headers: &Headers, side: Side, port: Port) -> Option<()> {
     let (old, offset) = match side {
@@ -49,15 +50,26 @@ pub fn rewrite_port<P: Packet>(packet: &mut P, headers: &Headers, side: Side, po
     if old.be == port.be || matches!(headers.part, Part::Later) {
         return Some(());
     }
-    let Some((checksum, udp)) = checksum_of(headers) else { return rewrite_sctp_port(packet, headers, side, port) };
     packet.write(headers.l4.wrapping_add(offset), port.be)?;
+    let Some((checksum, udp)) = checksum_of(headers) else { return Some(()) };
     packet.update_checksum(checksum, Difference::NONE.port(old, port), Covers::Segment, udp)
 }
 
-/// The same for SCTP. `None` for a fragment, too: the checksum's change depends on the length of the whole packet.
+/// Makes SCTP's checksum that of the ports which the packet has now, after every [`rewrite_port`]. `headers` are still those
+/// from before. `None` for a fragment whose ports differ: the checksum's change depends on the length of the whole packet.
+///
+/// Once at the end of a packet's way, since the verifier would follow it behind each change of a port.
 #[inline(never)]
-fn rewrite_sctp_port<P: Packet>(packet: &mut P, headers: &Headers, side: Side, port: Port) -> Option<()> {
-    if headers.proto != protocol::SCTP || !matches!(headers.part, Part::Whole) {
+pub fn settle_sctp<P: Packet>(packet: &mut P, headers: &Headers) -> Option<()> {
+    if matches!(headers.part, Part::Later) {
+        return Some(());
+    }
+    let [sport, dport, _, _, first, second] = packet.read::<[u16; 6]>(headers.l4)?;
+    let (old, new) = (word(headers.sport.be, headers.dport.be), word(sport, dport));
+    if old == new {
+        return Some(());
+    }
+    if !matches!(headers.part, Part::Whole) {
         return None;
     }
     let total = if headers.v6 {
@@ -66,13 +78,7 @@ fn rewrite_sctp_port<P: Packet>(packet: &mut P, headers: &Headers, side: Side, p
         u16::from_be(packet.read(headers.l3.wrapping_add(2))?)
     };
     let length = total.wrapping_sub(headers.l4.wrapping_sub(headers.l3) as u16);
-    let [sport, dport, _, _, first, second] = packet.read::<[u16; 6]>(headers.l4)?;
-    let [new_sport, new_dport] = match side {
-        Side::Source => [port.be, dport],
-        Side::Destination => [sport, port.be],
-    };
-    let checksum = sctp::updated(word(first, second), word(sport, dport), word(new_sport, new_dport), length);
-    packet.write(headers.l4, [new_sport, new_dport])?;
+    let checksum = sctp::updated(word(first, second), old, new, length);
     packet.write(headers.l4.wrapping_add(8), word_halves(checksum))
 }
 
@@ -196,7 +202,7 @@ mod tests {
     proptest! {
         #[test]
         fn a_rewritten_sctp_packet_is_the_packet_sent_from_there(
-            v6: bool, addrs: [u128; 3], ports: [u16; 3], source: bool,
+            v6: bool, addrs: [u128; 3], ports: [u16; 4], both: bool,
             chunks in proptest::collection::vec(any::<u8>(), 0..200),
         ) {
             let [a, b, new] = addrs.map(|addr| if v6 {
@@ -204,13 +210,14 @@ mod tests {
             } else {
                 IpAddr::V4(Ipv4Addr::from(addr as u32))
             });
-            let [sport, dport, new_port] = ports;
+            let [sport, dport, new_port, other_port] = ports;
             let mut packet = sctp_frame(a, b, sport, dport, &chunks);
             let headers = parse(&packet, 14, v6).unwrap();
-            let side = if source { Side::Source } else { Side::Destination };
-            rewrite(&mut packet, &headers, side, &new.into(), Port::new(new_port)).unwrap();
-            let mut expected =
-                if source { sctp_frame(new, b, new_port, dport, &chunks) } else { sctp_frame(a, new, sport, new_port, &chunks) };
+            let sport = if both { other_port } else { sport };
+            rewrite_port(&mut packet, &headers, Side::Source, Port::new(sport)).unwrap();
+            rewrite(&mut packet, &headers, Side::Destination, &new.into(), Port::new(new_port)).unwrap();
+            settle_sctp(&mut packet, &headers).unwrap();
+            let mut expected = sctp_frame(a, new, sport, new_port, &chunks);
             if !v6 && [&packet, &expected].iter().any(|frame| frame[24..26] == [0xff, 0xff]) {
                 // 0 and 0xffff are one number in one's complement.
                 for frame in [&mut packet, &mut expected] {
@@ -222,13 +229,16 @@ mod tests {
     }
 
     #[test]
-    fn an_sctp_fragment_keeps_its_port_or_is_refused() {
+    fn an_sctp_fragment_with_another_port_is_refused() {
         let [src, dst] = [[10, 0, 0, 1], [10, 0, 0, 2]].map(|octets| IpAddr::V4(octets.into()));
         let mut bytes = sctp_frame(src, dst, 80, 80, &[0; 24]);
         bytes[20] |= 0x20;
         let headers = parse(&bytes, 14, false).unwrap();
         let addr = Ipv4Addr::new(10, 9, 9, 9).into();
-        assert_eq!(rewrite(&mut bytes.clone(), &headers, Side::Destination, &addr, Port::new(80)), Some(()));
-        assert_eq!(rewrite(&mut bytes, &headers, Side::Destination, &addr, Port::new(81)), None);
+        for (port, settled) in [(80, Some(())), (81, None)] {
+            let mut bytes = bytes.clone();
+            rewrite(&mut bytes, &headers, Side::Destination, &addr, Port::new(port)).unwrap();
+            assert_eq!(settle_sctp(&mut bytes, &headers), settled);
+        }
     }
 }

@@ -53,9 +53,13 @@ const fn powers() -> [u32; 4 * NIBBLES] {
     powers
 }
 
-/// What a checksum must be multiplied by for the bytes of a packet: x^(8 length).
+/// A difference moved to its place in the checksum of so many bytes: multiplied by x^(8 length).
+///
+/// In the kernel a global function: verified once and by itself (since Linux 5.6), not with all that its callers may have done.
+// SAFETY: nothing else in the object has this name; BPF's global functions keep theirs.
+#[cfg_attr(target_arch = "bpf", unsafe(no_mangle))]
 #[inline(never)]
-fn shift(mut difference: u32, length: u16) -> u32 {
+pub extern "C" fn sctp_shift(mut difference: u32, length: u32) -> u32 {
     let mut digit = 0;
     while digit < 4 {
         // The mask is for the verifier, which doesn't know what the compiler knows of the sum.
@@ -78,7 +82,7 @@ pub fn updated(checksum: u32, old_ports: u32, new_ports: u32, length: u16) -> u3
         return 0;
     }
     // Both are little-endian: the first byte on the wire is the first into the CRC, and the lowest of its result.
-    let difference = shift(u32::from_le(old_ports ^ new_ports), length);
+    let difference = sctp_shift(u32::from_le(old_ports ^ new_ports), length.into());
     checksum ^ difference.to_le()
 }
 

@@ -97,6 +97,8 @@ pub struct Options {
     pub program_log: u8,
     /// Whether what passes is counted by Service port.
     pub count_services: bool,
+    /// Whether sockets with TCP connections are ended when their endpoint is gone; what becomes of packets is said in the tables.
+    pub terminate_connections: bool,
 }
 
 impl Default for Options {
@@ -113,6 +115,7 @@ impl Default for Options {
             #[cfg(feature = "program-log")]
             program_log: 0,
             count_services: true,
+            terminate_connections: false,
         }
     }
 }
@@ -482,11 +485,19 @@ impl Kernel {
         self.remove_old_generations()
     }
 
-    /// Ends the connected UDP sockets that these tables leave without anybody to speak to. Answers how many.
+    /// Whether writes may have left connected sockets without anybody to speak to. `memory`: the tables with them.
+    #[must_use]
+    pub fn concerns_sockets(&self, writes: &[Write], memory: &Memory) -> bool {
+        sockets::concerns(writes, self.options.terminate_connections, memory)
+    }
+
+    /// Ends the connected sockets that these tables leave without anybody to speak to: UDP ones, and TCP ones where
+    /// connections end with their endpoint. Answers how many.
     pub fn end_sockets_astray(&mut self, memory: &Memory) -> Result<usize> {
         match &mut self.tables {
             Some(tables) if self.sockets && self.options.socket_lb != SocketLb::Off => {
-                sockets::end_astray(&mut tables.programs, self.options.socket_lb == SocketLb::All, memory)
+                let (pods, tcp) = (self.options.socket_lb == SocketLb::All, self.options.terminate_connections);
+                sockets::end_astray(&mut tables.programs, pods, tcp, memory)
             }
             Some(_) | None => Ok(0),
         }

@@ -13,7 +13,7 @@ use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, Output, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -140,6 +140,33 @@ impl ControlPlane {
         self.folder.join(format!("{user}.kubeconfig"))
     }
 
+    /// The kubeconfig of a service account, which is there already.
+    pub fn kubeconfig_of_account(&self, namespace: &str, name: &str) -> Result<PathBuf> {
+        let path = format!("/api/v1/namespaces/{namespace}/serviceaccounts/{name}/token");
+        let request = json!({"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": {}});
+        let answer = self.api().create(&path, &request)?;
+        let token = answer["status"]["token"].as_str().context("a TokenRequest is answered by a token")?;
+        let file = self.folder.join(format!("{namespace}-{name}.kubeconfig"));
+        fs::write(&file, kubeconfig(&self.folder, token)).with_context(|| format!("writing {}", file.display()))?;
+        Ok(file)
+    }
+
+    /// Runs kubectl as the administrator, with something on its standard input.
+    pub fn kubectl(&self, arguments: &[&str], input: &str) -> Result<Output> {
+        let mut command = Command::new(parts::ensure(&parts::KUBECTL)?);
+        self.netns.apply(&mut command)?;
+        command.arg("--kubeconfig").arg(self.kubeconfig("admin")).args(arguments);
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().context("running kubectl")?;
+        child
+            .stdin
+            .take()
+            .context("kubectl has an input")?
+            .write_all(input.as_bytes())
+            .context("writing to kubectl")?;
+        Ok(child.wait_with_output()?)
+    }
+
     /// Starts the API server, and waits until it is ready.
     pub fn start_api_server(&mut self) -> Result<()> {
         let key = |name: &str| self.folder.join(name).display().to_string();
@@ -162,6 +189,7 @@ impl ControlPlane {
                 "--authorization-mode=RBAC",
                 "--service-cluster-ip-range=10.96.0.0/16,fd00:10:96::/108",
                 "--enable-priority-and-fairness=false",
+                "--allow-privileged",
             ]
             .map(str::to_owned),
         );
@@ -169,7 +197,7 @@ impl ControlPlane {
             // Tests make Pods without service accounts.
             Nodes::Written => &["--disable-admission-plugins=ServiceAccount"],
             // Nobody resolves the names of nodes.
-            Nodes::Run => &["--allow-privileged", "--kubelet-preferred-address-types=InternalIP"],
+            Nodes::Run => &["--kubelet-preferred-address-types=InternalIP"],
         };
         arguments.extend(more.iter().map(|flag| (*flag).to_owned()));
         self.spawn("kube-apiserver", &arguments)?;

@@ -65,11 +65,6 @@ impl Kubelet {
         })
     }
 
-    /// Where its Pods' processes count in cgroup v2, if that is apart from where this process does.
-    pub fn cgroup(&self) -> Option<&Path> {
-        self.cgroups.unified()
-    }
-
     fn start_containerd(&mut self, node: &Node) -> Result<()> {
         let (number, folder) = (node.number, self.folder.display());
         let configuration = format!(

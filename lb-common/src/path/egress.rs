@@ -1,6 +1,8 @@
 //! The way out.
 
-use super::{Action, At, Hook, Scratch, care, close, complete_fragment, confirm, glance::may_leave, wants_care};
+use super::{
+    Action, At, Hook, Scratch, care, close, complete_fragment, confirm, glance::may_leave, settled, wants_care,
+};
 use crate::{
     addr::{Addr, Port},
     decide::{Class, Question, classify},
@@ -39,7 +41,8 @@ pub fn egress<P: Packet, S: State>(packet: &mut P, hook: &Hook, scratch: &mut Sc
     {
         return Action::Drop(reason);
     }
-    transport(packet, hook, headers, flow, state)
+    let action = transport(packet, hook, headers, flow, state);
+    settled(packet, headers, action)
 }
 
 /// Why a packet of the node itself that no socket hook has translated must not get out, if so. What else it may be is the
@@ -110,7 +113,7 @@ fn reply<P: Packet, S: State>(packet: &mut P, headers: &Headers, scratch: &mut F
     }
     let closes = headers.tcp & (tcp_flags::FIN | tcp_flags::RST) != 0 && flow.note(headers.tcp, state::ENDPOINT_FIN);
     if closes {
-        close(&key, scratch, state);
+        close(&key, 0, scratch, state);
     }
     if !replied {
         confirm(&key, scratch, state);

@@ -333,15 +333,15 @@ impl Programs {
         Ok(program.fd().with_context(|| format!("program {name} is not loaded"))?.as_fd().try_clone_to_owned()?)
     }
 
-    /// What UDP sockets of the calling thread's network namespace were told: for each a cookie and its [`Pairs`]. The program is
-    /// loaded when it is first asked for.
-    pub fn told(&mut self) -> Result<File> {
-        const NAME: &str = "told_udp";
-        let program = self.ethernet()?.program_mut(NAME).with_context(|| format!("no program {NAME} in the object"))?;
-        let program: &mut Iter = program.try_into().with_context(|| format!("program {NAME} is no iterator"))?;
+    /// What the sockets of the calling thread's network namespace were told, the TCP ones or the UDP ones: for each a cookie and
+    /// its [`Pairs`]. The program is loaded when it is first asked for.
+    pub fn told(&mut self, tcp: bool) -> Result<File> {
+        let (name, kind) = if tcp { ("told_tcp", "tcp") } else { ("told_udp", "udp") };
+        let program = self.ethernet()?.program_mut(name).with_context(|| format!("no program {name} in the object"))?;
+        let program: &mut Iter = program.try_into().with_context(|| format!("program {name} is no iterator"))?;
         if program.fd().is_err() {
             let types = Btf::from_sys_fs().context("cannot read the kernel's types (CONFIG_DEBUG_INFO_BTF)")?;
-            persevere(|| program.load("udp", &types)).map_err(|error| explain(NAME, error))?;
+            persevere(|| program.load(kind, &types)).map_err(|error| explain(name, error))?;
             // They take ten megabytes, this once.
             drop(types);
             sys::release_memory();

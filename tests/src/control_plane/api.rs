@@ -36,6 +36,11 @@ impl Api {
         self.send(Method::GET, path, "", &Value::Null)
     }
 
+    /// Creates what is not kept under a name, such as a review, and returns the answer.
+    pub fn create(&self, path: &str, object: &Value) -> Result<Value> {
+        Ok(serde_json::from_str(&self.send(Method::POST, path, "application/json", object)?)?)
+    }
+
     /// Creates an object, or makes it what is said; its status too, which the API server takes by a request of its own.
     pub fn put(&self, object: impl Into<Value>) {
         let mut object = object.into();
