@@ -51,7 +51,7 @@ pub enum Stopped {
 }
 
 /// So many bytes of keys and values are enough for one call: the agent's memory should not double while it writes a first list.
-const MOST: usize = 256 * 1024;
+const MOST: usize = 512 * 1024;
 
 /// Neighbouring changes of one kind to one table.
 struct Run {
