@@ -6,14 +6,14 @@
 use crate::{
     decide::{Class, Question, classify},
     layout::protocol,
-    socket::{Ends, Pair, Pairs},
+    socket::{Ends, Pair, Pairs, holds},
     tables::Tables,
 };
 
 /// What is wrong with a connected socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Astray {
-    /// It was sent to an endpoint that is gone.
+    /// It was sent to an endpoint that is gone, or no longer that of the address which it connected to.
     EndpointGone,
     /// It connected to a frontend before that was there, or before the hooks were.
     Untranslated,
@@ -24,8 +24,13 @@ pub enum Astray {
 #[must_use]
 pub fn astray<T: Tables>(peer: &Ends, pairs: Option<&Pairs>, by_packets: bool, tables: &T) -> Option<Astray> {
     if let Some(pair) = pairs.and_then(|pairs| told(peer, pairs)) {
-        let serves = tables.endpoint(pair.endpoint_id).is_some_and(|endpoint| endpoint.serves(pair.generation));
-        return (!serves).then_some(Astray::EndpointGone);
+        // kube-proxy's connections outlive the frontend that they were made by.
+        let right = if peer.proto == protocol::TCP {
+            tables.endpoint(pair.endpoint_id).is_some_and(|endpoint| endpoint.serves(pair.generation))
+        } else {
+            holds(pair, peer.proto, tables)
+        };
+        return (!right).then_some(Astray::EndpointGone);
     }
     // TCP to a frontend that nobody translated is another's connection, or conntrack's.
     if by_packets || peer.proto != protocol::UDP {
@@ -111,6 +116,20 @@ mod tests {
                 memory.endpoints.insert(1, other);
                 assert_eq!(astray(&peer, Some(&pairs), false, &memory), Some(Astray::EndpointGone));
             }
+        }
+    }
+
+    #[test]
+    fn a_datagram_socket_is_astray_once_its_address_is_another_services() {
+        for (proto, expected) in [(protocol::TCP, None), (protocol::UDP, Some(Astray::EndpointGone))] {
+            let mut memory = memory("192.0.2.1:53", Some("10.244.1.1:53"), 0);
+            let (mut pairs, mut peer) = (NEW, ends("192.0.2.1:53", proto));
+            translate(&mut peer, &Addr::UNSPECIFIED_V6, 0, true, &mut pairs, &mut machine(&memory));
+            let mut moved = memory.clone();
+            moved.frontends.values_mut().for_each(|frontend| frontend.service = 2);
+            assert_eq!(astray(&peer, Some(&pairs), false, &moved), expected);
+            memory.frontends.clear();
+            assert_eq!(astray(&peer, Some(&pairs), false, &memory), expected);
         }
     }
 

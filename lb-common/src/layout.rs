@@ -215,11 +215,24 @@ pub struct Settings {
     /// Until this second of the programs' clock connections may exist that are older than the first start: packets in the
     /// middle of an unknown TCP connection are left to the stack, where conntrack knows them. 0: there are none.
     pub mid_flow_left_until: u32,
-    /// Always 0.
-    pub pad: u32,
+    /// Bits of [`settings_flags`].
+    pub flags: u32,
+}
+
+/// Bits of [`Settings::flags`].
+pub mod settings_flags {
+    /// TCP connections are reset when their endpoint is gone (`--terminate-connections`).
+    pub const TERMINATE: u32 = 1 << 0;
 }
 
 impl Settings {
+    /// Whether TCP connections end with their endpoint.
+    #[must_use]
+    #[inline(always)]
+    pub const fn terminates(&self) -> bool {
+        self.flags & settings_flags::TERMINATE != 0
+    }
+
     /// Whether packets in the middle of an unknown TCP connection are left to the host's stack.
     #[must_use]
     #[inline(always)]

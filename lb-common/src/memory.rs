@@ -1,7 +1,12 @@
 //! Tables in ordinary memory: what `image` believes to be in the kernel, and what tests and `explain --manifests` decide
 //! against.
 
+mod bit_set;
+mod dense;
+
 use std::collections::{BTreeMap, BTreeSet};
+
+pub use self::{bit_set::BitSet, dense::Dense};
 
 use crate::{
     addr::{Addr, Port},
@@ -11,20 +16,21 @@ use crate::{
     layout::{
         Device, Endpoint, Frontend, FrontendKey, NodeAddress, PrefixKey, ServiceName, Settings, bit_index, device_flags,
     },
+    packet::Packet,
     tables::{State, Tables},
 };
 
-/// Every table that the agent writes. Bits are kept as sets of indices.
+/// Every table that the agent writes.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Memory {
     /// Frontends by address, port and protocol.
     pub frontends: BTreeMap<FrontendKey, Frontend>,
     /// Endpoint ids by slot.
-    pub slots: BTreeMap<u32, u32>,
+    pub slots: Dense<u32>,
     /// Endpoints by id, the gone ones too.
-    pub endpoints: BTreeMap<u32, Endpoint>,
+    pub endpoints: Dense<Endpoint>,
     /// Names by id of the Service port.
-    pub services: BTreeMap<u32, ServiceName>,
+    pub services: Dense<ServiceName>,
     /// Source ranges by Service port.
     pub source_ranges: BTreeSet<PrefixKey>,
     /// What the local detector takes as local, with `service` 0.
@@ -38,9 +44,9 @@ pub struct Memory {
     /// What may change while the programs run.
     pub settings: Settings,
     /// Set bits of "may be a frontend".
-    pub frontend_bits: BTreeSet<u32>,
+    pub frontend_bits: BitSet,
     /// Set bits of "may be an endpoint".
-    pub endpoint_bits: BTreeSet<u32>,
+    pub endpoint_bits: BitSet,
 }
 
 /// Whether some prefix of the set holds the address, for one Service port.
@@ -117,6 +123,8 @@ pub struct Machine {
     pub service_counters: BTreeMap<u32, ServiceCounters>,
     /// The time in seconds.
     pub now: u32,
+    /// Copies of frames that are to enter once more, and by which device.
+    pub entered: Vec<(u32, Vec<u8>)>,
 }
 
 /// Ports that a [`Machine`] masquerades with: the first, and how many.
@@ -221,6 +229,19 @@ impl State for Machine {
 
     fn leaves_mid_flow(&self) -> bool {
         self.tables.settings.leaves_mid_flow(self.now)
+    }
+
+    fn terminates(&self) -> bool {
+        self.tables.settings.terminates()
+    }
+
+    fn enter_again<P: Packet>(&mut self, packet: &P, device: u32) {
+        let words = (0..packet.len() / 2).filter_map(|i| packet.read::<u16>(i * 2));
+        let mut frame: Vec<u8> = words.flat_map(u16::to_ne_bytes).collect();
+        if !packet.len().is_multiple_of(2) {
+            frame.extend(packet.read::<u16>(packet.len() - 2).map(|last| last.to_ne_bytes()[1]));
+        }
+        self.entered.push((device, frame));
     }
 
     fn may_refuse(&mut self) -> bool {

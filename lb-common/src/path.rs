@@ -157,14 +157,15 @@ fn keep<S: State>(key: &FlowKey, flow: &Flow, state: &mut S) {
     }
 }
 
-/// Tells all entries of a connection that one side ends it.
+/// Tells all entries of a connection that one side ends it. `also`: what the entry of this key doesn't say yet.
 #[inline(never)]
-fn close<S: State>(key: &FlowKey, flow: &mut Flow, state: &mut S) {
+fn close<S: State>(key: &FlowKey, also: u8, flow: &mut Flow, state: &mut S) {
     match state.flow(key) {
         Some(entry) => *flow = *entry,
         None => return,
     }
     let flow = core::hint::black_box(flow);
+    flow.state |= also;
     note_closing(&flow.request_key(key.proto), flow, state);
     note_closing(&flow.forwarded_key(key.proto), flow, state);
     if flow.node_port.be != 0 {

@@ -91,6 +91,8 @@ reasons! {
     Drop IcmpRedirect = "icmp_redirect",
     /// The headers could not be written, or a table that the agent writes is inconsistent.
     Drop Internal = "internal",
+    /// A TCP connection whose endpoint is gone, where such connections end (`--terminate-connections`).
+    Refuse EndpointGone = "endpoint_gone",
 }
 
 /// How many reasons there are.

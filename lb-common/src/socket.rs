@@ -4,7 +4,7 @@ use crate::{
     addr::{Addr, Port},
     affinity::AffinityKey,
     count,
-    decide::{Choice, Decision, Question, decide},
+    decide::{Choice, Decision, Question, decide, find},
     reason::Reason,
     tables::{State, Tables},
 };
@@ -130,23 +130,33 @@ fn note_client<S: State>(client: &Addr, choice: &Choice, state: &mut S) {
 
 #[inline(always)]
 fn remembered<T: Tables>(ends: &Ends, pairs: &mut Pairs, tables: &T) -> Option<(Addr, Port)> {
-    let uses = pairs.uses.wrapping_add(1);
+    // No two pairs have one frontend.
     let mut i = 0;
     while i < PAIRS {
-        let pair = &mut pairs.pairs[i];
-        if pair.used != 0
-            && pair.frontend_port.be == ends.port.be
-            && pair.frontend.same(&ends.addr)
-            && tables.endpoint(pair.endpoint_id).is_some_and(|endpoint| endpoint.serves(pair.generation))
-        {
-            pair.used = uses;
-            let found = (pair.endpoint, pair.endpoint_port);
-            pairs.uses = uses;
-            return Some(found);
+        let pair = &pairs.pairs[i];
+        if pair.used != 0 && pair.frontend_port.be == ends.port.be && pair.frontend.same(&ends.addr) {
+            break;
         }
         i += 1;
     }
-    None
+    let pair = pairs.pairs.get_mut(core::hint::black_box(i))?;
+    if !holds(pair, ends.proto, tables) {
+        return None;
+    }
+    pairs.uses = pairs.uses.wrapping_add(1);
+    pair.used = pairs.uses;
+    Some((pair.endpoint, pair.endpoint_port))
+}
+
+/// Whether what a socket was told is still so: the endpoint serves, and the frontend is that of its Service port. An external
+/// address may have become another's.
+#[must_use]
+#[inline(never)]
+pub fn holds<T: Tables>(pair: &Pair, proto: u8, tables: &T) -> bool {
+    let Some(endpoint) = tables.endpoint(pair.endpoint_id) else { return false };
+    endpoint.serves(pair.generation)
+        && find(&pair.frontend, pair.frontend_port, proto, tables)
+            .is_some_and(|frontend| frontend.service == endpoint.service)
 }
 
 /// Takes the place of the same frontend, else of the oldest pair.
@@ -253,6 +263,22 @@ mod tests {
             let frontend = ends(service);
             assert_eq!(restore(&ends(two).addr, ends(two).port, &pairs), Some((frontend.addr, frontend.port)));
             assert_eq!(restore(&ends(one).addr, ends(one).port, &pairs), None, "forgotten with its endpoint");
+        }
+    }
+
+    #[test]
+    fn a_datagram_goes_where_its_address_goes() {
+        for [service, one, two] in
+            [["192.0.2.1:53", "10.244.1.1:53", "10.244.1.2:53"], ["[2001:db8::1]:53", "[fd00::1]:53", "[fd00::2]:53"]]
+        {
+            let mut machine = Machine::default();
+            add(&mut machine, 1, service, &[one], 0);
+            let mut pairs = NEW;
+            send(&mut machine, &mut pairs, service, 0);
+            add(&mut machine, 2, service, &[two], 0);
+            assert_eq!(send(&mut machine, &mut pairs, service, 0), (ends(two), Reason::NewFlow));
+            machine.tables.frontends.clear();
+            assert_eq!(send(&mut machine, &mut pairs, service, 0), (ends(service), Reason::NotService));
         }
     }
 

@@ -9,6 +9,7 @@ use crate::{
     count::ServiceCounters,
     flow::{Flow, FlowKey, FragmentKey, FragmentPorts},
     layout::{Device, Endpoint, Frontend, FrontendKey, NodeAddress},
+    packet::Packet,
 };
 
 /// Tables that [`crate::decide`] reads.
@@ -66,6 +67,10 @@ pub trait State: Tables {
     fn masquerade_ports(&self) -> (u16, u16);
     /// Whether packets in the middle of an unknown connection are left to the host's stack.
     fn leaves_mid_flow(&self) -> bool;
+    /// Whether TCP connections are reset when their endpoint is gone.
+    fn terminates(&self) -> bool;
+    /// Lets a copy of the packet enter the host by a device, as if it came once more.
+    fn enter_again<P: Packet>(&mut self, packet: &P, device: u32);
     /// Whether one more refusal is within the limit.
     fn may_refuse(&mut self) -> bool;
     /// The counters of a Service port. `None`: nothing is counted.

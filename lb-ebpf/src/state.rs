@@ -1,16 +1,17 @@
 //! The maps as `lb-common`'s tables.
 
 use aya_ebpf::{
-    bindings::{__sk_buff, BPF_NOEXIST, bpf_fib_lookup as FibLookup, bpf_sock_addr},
+    bindings::{__sk_buff, BPF_F_INGRESS, BPF_NOEXIST, bpf_fib_lookup as FibLookup, bpf_sock_addr},
     btf_maps::{LruHashMap, lpm_trie::Key},
-    helpers::generated::{bpf_fib_lookup, bpf_ktime_get_coarse_ns},
+    helpers::generated::{bpf_clone_redirect, bpf_fib_lookup, bpf_ktime_get_coarse_ns},
 };
 use lb_common::{
     addr::{Addr, Port},
     affinity::{Affinity, AffinityKey, ticks_of_nanoseconds},
     count::ServiceCounters,
     flow::{Flow, FlowKey, FragmentKey, FragmentPorts},
-    layout::{BIT_WORDS, Device, Endpoint, Frontend, FrontendKey, NodeAddress, bit_index, device_flags},
+    layout::{BIT_WORDS, Device, Endpoint, Frontend, FrontendKey, NodeAddress, Settings, bit_index, device_flags},
+    packet::Packet,
     reason::Reason,
     tables::{State, Tables},
 };
@@ -273,6 +274,19 @@ impl State for Maps {
     #[inline(always)]
     fn leaves_mid_flow(&self) -> bool {
         SETTINGS.get(0).is_some_and(|settings| settings.leaves_mid_flow(self.now()))
+    }
+
+    #[inline(always)]
+    fn terminates(&self) -> bool {
+        SETTINGS.get(0).is_some_and(Settings::terminates)
+    }
+
+    #[inline(always)]
+    fn enter_again<P: Packet>(&mut self, _: &P, device: u32) {
+        if !self.skb.is_null() {
+            // SAFETY: the context is the program's own.
+            let _ = unsafe { bpf_clone_redirect(self.skb, device, u64::from(BPF_F_INGRESS)) };
+        }
     }
 
     #[inline(always)]

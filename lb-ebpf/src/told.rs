@@ -1,4 +1,5 @@
-//! What sockets were told, for the agent to read: an iterator over the UDP sockets of the reader's network namespace.
+//! What sockets were told, for the agent to read: iterators over the UDP and the TCP sockets of the reader's network
+//! namespace.
 //!
 //! Out, for each socket with storage: its cookie, then its [`Pairs`].
 
@@ -16,7 +17,7 @@ pub struct Meta {
     seq: *mut seq_file,
 }
 
-/// `struct bpf_iter__udp`, as far as it is used.
+/// `struct bpf_iter__udp` and `struct bpf_iter__tcp`, as far as they are used and alike.
 #[repr(C)]
 pub struct Context {
     meta: *const Meta,
@@ -27,6 +28,18 @@ pub struct Context {
 #[unsafe(no_mangle)]
 #[unsafe(link_section = "iter/udp")]
 extern "C" fn told_udp(ctx: *const Context) -> i32 {
+    tell(ctx)
+}
+
+/// TCP sockets; the kernel has no storage for those that are only half made, or that only wait.
+#[unsafe(no_mangle)]
+#[unsafe(link_section = "iter/tcp")]
+extern "C" fn told_tcp(ctx: *const Context) -> i32 {
+    tell(ctx)
+}
+
+#[inline(always)]
+fn tell(ctx: *const Context) -> i32 {
     // SAFETY: the context is valid as long as the program runs, its socket until the call for this one ends. The storage is
     // read while its socket may change it: what a connected socket was told at connect(2) no longer changes.
     unsafe {

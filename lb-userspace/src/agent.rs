@@ -36,7 +36,6 @@ use crate::{
     kernel::{
         self, Kernel,
         devices::{Snapshot, watch::Watch},
-        sockets,
         sysctls::Conntrack,
     },
     model::{Kind, Node},
@@ -135,6 +134,8 @@ struct Agent {
     ports_failed: Option<String>,
     /// Where nothing was attached at the start: until when older connections may exist.
     leaves_mid_flow: Option<u32>,
+    /// Whether TCP connections are reset when their endpoint is gone.
+    terminates: bool,
     astray_failed: Option<String>,
     alarm: TokioInstant,
     /// When to look for sockets that the last changes have led astray.
@@ -200,6 +201,7 @@ impl Agent {
             sockets_failed: None,
             ports_failed: None,
             leaves_mid_flow,
+            terminates: options.kernel.terminate_connections,
             astray_failed: None,
             alarm: TokioInstant::now() + EXPIRY_INTERVAL,
             look: None,
@@ -386,6 +388,7 @@ impl Agent {
         // First, or an agent that dies meanwhile would leave frontends to packets of older connections.
         let until = self.leaves_mid_flow;
         let mut writes = until.map(|until| self.pipeline.image_mut().leave_mid_flow(until)).unwrap_or_default();
+        writes.extend(self.pipeline.image_mut().set_terminates(self.terminates));
         writes.extend(self.pipeline.compile(self.now()));
         // The node's primary addresses, which rows of devices depend on, are known only now.
         let primary = &self.pipeline.view().primary;
@@ -450,7 +453,10 @@ impl Agent {
         }
         let result = self.kernel.apply(writes);
         self.end_write(result, &families, begin);
-        if self.failed.is_none() && self.look.is_none() && sockets::concerns(writes, self.pipeline.image().memory()) {
+        if self.failed.is_none()
+            && self.look.is_none()
+            && self.kernel.concerns_sockets(writes, self.pipeline.image().memory())
+        {
             self.look = Some(TokioInstant::now() + SETTLING);
         }
     }
@@ -492,13 +498,13 @@ impl Agent {
                 self.astray_failed = None;
                 info!(
                     sockets,
-                    "connected UDP sockets were ended: what they were connected to is gone or has become a Service's"
+                    "connected sockets were ended: what they were connected to is gone or has become a Service's"
                 );
             }
             Err(error) => {
                 let text = format!("{error:#}");
                 if self.astray_failed.as_ref() != Some(&text) {
-                    warn!(error = text, "connected UDP sockets may go on to speak to endpoints that are gone");
+                    warn!(error = text, "connected sockets may go on to speak to endpoints that are gone");
                 }
                 self.astray_failed = Some(text);
             }

@@ -22,17 +22,12 @@ mod sys;
 pub mod sysctls;
 pub mod tables;
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    fs,
-    os::fd::AsFd as _,
-    path::PathBuf,
-};
+use std::{collections::BTreeSet, fs, os::fd::AsFd as _, path::PathBuf};
 
 use anyhow::{Context as _, Result, bail};
 use lb_common::{
     layout::{bit_index, frontend_flags},
-    memory::Memory,
+    memory::{Dense, Memory},
 };
 use tracing::{info, warn};
 
@@ -102,6 +97,8 @@ pub struct Options {
     pub program_log: u8,
     /// Whether what passes is counted by Service port.
     pub count_services: bool,
+    /// Whether sockets with TCP connections are ended when their endpoint is gone; what becomes of packets is said in the tables.
+    pub terminate_connections: bool,
 }
 
 impl Default for Options {
@@ -118,6 +115,7 @@ impl Default for Options {
             #[cfg(feature = "program-log")]
             program_log: 0,
             count_services: true,
+            terminate_connections: false,
         }
     }
 }
@@ -224,8 +222,8 @@ impl Kernel {
         }
         kernel.open_cgroup()?;
         // An agent that counted nothing may have left fewer counters than there are Services.
-        let services = kernel.tables.as_ref().map_or_else(|| Ok(BTreeMap::new()), |tables| tables.store.services())?;
-        kernel.make_counters(services.last_key_value().map_or(0, |(id, _)| id.saturating_add(1)), Capacity::of)?;
+        let services = kernel.tables.as_ref().map_or_else(|| Ok(Dense::default()), |tables| tables.store.services())?;
+        kernel.make_counters(services.last_key().map_or(0, |id| id.saturating_add(1)), Capacity::of)?;
         Ok(kernel)
     }
 
@@ -327,10 +325,10 @@ impl Kernel {
         loop {
             let Tables { store, counters, .. } = self.tables_for(|| Capacity::of(new))?;
             let came = new.services.iter().filter(|(id, name)| old.services.get(id) != Some(name));
-            counters.begin(store, came.map(|(id, _)| *id))?;
+            counters.begin(store, came.map(|(id, _)| id))?;
             match store.apply(difference(old, new)) {
                 Ok(()) => {
-                    counters.end(old.services.keys().filter(|id| !new.services.contains_key(id)).copied());
+                    counters.end(old.services.keys().filter(|id| !new.services.contains_key(id)));
                     return Ok(());
                 }
                 Err(Stopped::Failed(error)) => return Err(error),
@@ -487,11 +485,19 @@ impl Kernel {
         self.remove_old_generations()
     }
 
-    /// Ends the connected UDP sockets that these tables leave without anybody to speak to. Answers how many.
+    /// Whether writes may have left connected sockets without anybody to speak to. `memory`: the tables with them.
+    #[must_use]
+    pub fn concerns_sockets(&self, writes: &[Write], memory: &Memory) -> bool {
+        sockets::concerns(writes, self.options.terminate_connections, memory)
+    }
+
+    /// Ends the connected sockets that these tables leave without anybody to speak to: UDP ones, and TCP ones where
+    /// connections end with their endpoint. Answers how many.
     pub fn end_sockets_astray(&mut self, memory: &Memory) -> Result<usize> {
         match &mut self.tables {
             Some(tables) if self.sockets && self.options.socket_lb != SocketLb::Off => {
-                sockets::end_astray(&mut tables.programs, self.options.socket_lb == SocketLb::All, memory)
+                let (pods, tcp) = (self.options.socket_lb == SocketLb::All, self.options.terminate_connections);
+                sockets::end_astray(&mut tables.programs, pods, tcp, memory)
             }
             Some(_) | None => Ok(0),
         }

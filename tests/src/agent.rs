@@ -49,9 +49,10 @@ impl Agent {
         agent
     }
 
-    /// Starts an agent on an API server and waits until it is ready, for processes that are in another cgroup than the lab's.
-    pub fn build(lab: &Lab, node: &Node, kubeconfig: &Path, cgroup: &Path, flags: &[&str]) -> Result<Self> {
-        let mut agent = Self::prepare(lab, node, ("--kubeconfig", kubeconfig), cgroup, flags)?;
+    /// Starts an agent on an API server and waits until it is ready; also for processes in other cgroups than the lab's, as Pods' are.
+    pub fn build(lab: &Lab, node: &Node, kubeconfig: &Path, flags: &[&str]) -> Result<Self> {
+        let root = lab.cgroup().parent().context("a lab's cgroup is below the root")?;
+        let mut agent = Self::prepare(lab, node, ("--kubeconfig", kubeconfig), root, flags)?;
         agent.spawn()?;
         agent.wait_ready(Duration::from_secs(20))?;
         Ok(agent)

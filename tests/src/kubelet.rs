@@ -65,11 +65,6 @@ impl Kubelet {
         })
     }
 
-    /// Where its Pods' processes count in cgroup v2, if that is apart from where this process does.
-    pub fn cgroup(&self) -> Option<&Path> {
-        self.cgroups.unified()
-    }
-
     fn start_containerd(&mut self, node: &Node) -> Result<()> {
         let (number, folder) = (node.number, self.folder.display());
         let configuration = format!(
@@ -140,8 +135,7 @@ oom_score = 0
             "resolvConf": folder.join("resolv.conf"),
             "oomScoreAdj": 0,
             "failSwapOn": false,
-            // A busy machine's disk is nothing to evict Pods or images for.
-            "localStorageCapacityIsolation": false,
+            // A busy machine's disk is nothing to evict Pods or images for; a Pod that writes more than it may is (a spec needs that).
             "imageGCHighThresholdPercent": 100,
             "imageGCLowThresholdPercent": 99,
             "evictionHard": {"memory.available": "100Mi", "nodefs.available": "0%", "nodefs.inodesFree": "0%", "imagefs.available": "0%"},

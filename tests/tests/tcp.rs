@@ -13,7 +13,7 @@ use tests::manifest::{PodObject, Service};
 use tests::traffic::client::ask_on;
 use tests::traffic::packet::{ACK, FIN, RST, SYN};
 use tests::traffic::raw_tcp::{RawTcp, Segment};
-use tests::{Agent, Lab, Netns, Topology};
+use tests::{Agent, Answer, Lab, Netns, Protocol, Topology};
 
 /// Where endpoints speak by hand. Nobody listens there.
 const BY_HAND: u16 = 9090;
@@ -45,8 +45,8 @@ fn by_hand() -> Service {
 }
 
 impl ByHand {
-    fn new() -> Self {
-        let cluster = Cluster::new(Topology { cni_rules: true, ..Topology::default() }, &[], |lab| {
+    fn new(flags: &[&str]) -> Self {
+        let cluster = Cluster::new(Topology { cni_rules: true, ..Topology::default() }, flags, |lab| {
             lab.manifests().write("by-hand.json", by_hand());
             for pod in lab.pods() {
                 let app = if pod.name == "p1-1" { "client" } else { "web" };
@@ -171,7 +171,7 @@ fn a_source_port_is_served_again_however_its_connection_ended() {
         ("the client resets", |it| it.client_sends(RST, 2)),
         ("the endpoint resets", |it| it.endpoint_sends(RST, 2)),
     ];
-    let service = ByHand::new();
+    let service = ByHand::new(&[]);
     for (client, frontend, family) in service.clients(40_001) {
         for (name, end) in ways {
             let old = Connection::establish(&service, &client, frontend, family);
@@ -189,7 +189,7 @@ fn a_source_port_is_served_again_however_its_connection_ended() {
 
 #[test]
 fn a_retransmitted_syn_goes_to_the_same_endpoint_while_others_come_and_go() {
-    let service = ByHand::new();
+    let service = ByHand::new(&[]);
     for (client, frontend, family) in service.clients(40_002) {
         let connection = Connection::begin(&service, &client, frontend, family);
         let others = [(connection.number + 1) % 3, (connection.number + 2) % 3];
@@ -215,7 +215,7 @@ fn a_retransmitted_syn_goes_to_the_same_endpoint_while_others_come_and_go() {
 
 #[test]
 fn who_forgot_a_connection_is_told_by_who_remembers_it() {
-    let service = ByHand::new();
+    let service = ByHand::new(&[]);
     for (client, frontend, family) in service.clients(40_003) {
         // RFC 9293 §3.5.1: a SYN within a connection is answered by an ACK, which the client resets.
         let forgotten = Connection::establish(&service, &client, frontend, family);
@@ -231,7 +231,7 @@ fn who_forgot_a_connection_is_told_by_who_remembers_it() {
 
 #[test]
 fn a_connection_whose_endpoint_is_gone_goes_on_until_it_ends() {
-    let service = ByHand::new();
+    let service = ByHand::new(&[]);
     for (client, frontend, family) in service.clients(40_004) {
         let connection = Connection::establish(&service, &client, frontend, family);
         service.set(connection.number, false);
@@ -246,6 +246,74 @@ fn a_connection_whose_endpoint_is_gone_goes_on_until_it_ends() {
         connection.endpoint_sends(FIN | ACK, 6);
         connection.client_sends(ACK, 6);
         service.set(connection.number, true);
+    }
+}
+
+#[test]
+fn with_terminate_connections_the_next_segment_is_answered_by_a_reset_and_goes_on_as_one() {
+    let service = ByHand::new(&["--terminate-connections"]);
+    for (client, frontend, family) in service.clients(40_005) {
+        let connection = Connection::establish(&service, &client, frontend, family);
+        let Connection { endpoint, seen, number, .. } = connection;
+        connection.client_sends(ACK, 2);
+        service.set(number, false);
+        // The endpoint may be the one that sends.
+        connection.endpoint_sends(ACK, 2);
+        client.send(frontend, ACK, 2).unwrap();
+        assert_eq!(client.receive(SOON).unwrap(), Segment { from: frontend, flags: RST, sequence: 1 });
+        assert_eq!(endpoint.receive(SOON).unwrap(), Segment { from: seen, flags: RST | ACK, sequence: 2 });
+        let new = Connection::establish(&service, &client, frontend, family);
+        assert_ne!(new.number, number, "{frontend}");
+        service.set(number, true);
+        new.client_sends(ACK, 2);
+        new.endpoint_sends(ACK, 2);
+        new.client_sends(RST, 2);
+        assert!(client.hears_nothing(A_WHILE) && endpoint.hears_nothing(A_WHILE), "{frontend}");
+    }
+}
+
+#[test]
+fn with_terminate_connections_both_sockets_hear_that_the_endpoint_is_gone_and_no_others_do() {
+    for flags in [&["--terminate-connections"][..], &["--terminate-connections", "--socket-lb", "all"]] {
+        let cluster = Cluster::web(Topology { cni_rules: true, ..Topology::default() }, flags);
+        let lab = &cluster.lab;
+        let server = &cluster.servers[lab.pods().position(|pod| pod.name == "p2-1").unwrap()];
+        for (name, client, by) in [
+            ("a pod", lab.client(lab.pod(1, 1)), By::ClusterIp),
+            ("the node", lab.host_client(lab.node(1)), By::ClusterIp),
+            ("outside", lab.outside_client(), By::NodePort(1)),
+        ] {
+            for to in by.addresses(10) {
+                let what = format!("{flags:?}: {name}, {to}");
+                let mut held: Vec<(TcpStream, Answer)> = (0..24)
+                    .map(|_| {
+                        let mut stream = client.connect(to).unwrap();
+                        let answer = ask_on(&mut stream).unwrap();
+                        (stream, answer)
+                    })
+                    .collect();
+                assert!(held.iter().any(|(_, answer)| answer.by == "p2-1") && server.connections() != 0, "{what}");
+                cluster.relabel(2, 1, "parked");
+                let start = Instant::now();
+                for (stream, before) in held.iter_mut().filter(|(_, answer)| answer.by == "p2-1") {
+                    while let Ok(answer) = ask_on(stream) {
+                        assert_eq!(answer, *before, "{what}: moved");
+                        assert!(start.elapsed() < SOON, "{what}: goes on");
+                    }
+                }
+                for (stream, before) in held.iter_mut().filter(|(_, answer)| answer.by != "p2-1") {
+                    assert_eq!(ask_on(stream).unwrap(), *before, "{what}: an endpoint that stays");
+                }
+                while server.connections() != 0 {
+                    assert!(start.elapsed() < SOON, "{what}: {} are open at the endpoint", server.connections());
+                    thread::sleep(Duration::from_millis(5));
+                }
+                cluster.relabel(2, 1, "web");
+                client
+                    .ask_until(Protocol::Tcp, to, SOON, |answer| answer.as_ref().is_ok_and(|it| it.by == "p2-1"))
+                    .unwrap();
+            }
+        }
     }
 }
 
@@ -329,11 +397,11 @@ fn connections_that_no_hook_saw_begin_are_left_as_they_are() {
     check(&mut streams, "with programs");
     for client in &clients[..3] {
         for to in By::ClusterIp.addresses(10) {
-            assert_eq!(client.ask(tests::Protocol::Tcp, to).unwrap().by, "p2-1");
+            assert_eq!(client.ask(Protocol::Tcp, to).unwrap().by, "p2-1");
         }
     }
     write("parked");
-    clients[0].ask_until(tests::Protocol::Tcp, By::ClusterIp.addresses(10)[0], SOON, tests::cluster::refused).unwrap();
+    clients[0].ask_until(Protocol::Tcp, By::ClusterIp.addresses(10)[0], SOON, tests::cluster::refused).unwrap();
     check(&mut streams, "without the endpoint");
     for agent in &mut agents {
         agent.terminate();

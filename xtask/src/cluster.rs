@@ -102,24 +102,23 @@ fn explore(lab: &Lab, plane: &ControlPlane, kubectl: &Path) {
     for subcommand in ["status", "services", "endpoints"] {
         println!("  {enter} {} {subcommand} --bpffs {}", agent.display(), bpffs.display());
     }
-    println!("  ip netns exec {} curl http://10.99.1.10/", lab.outside.name());
+    println!("  ip netns exec {} curl -sS http://10.99.1.10/", lab.outside.name());
     println!("Ctrl-C or `cargo xtask cluster down` ends it.");
 }
 
 fn down() -> Result<()> {
-    let marked = || folder::all().into_iter().filter(|id| folder::of(id).join(MARK).exists());
-    let mut ended = 0;
-    for id in marked().filter(|id| folder::in_use(id)) {
-        let owner = id.split('-').next().unwrap_or_default();
+    let marked = folder::all().into_iter().filter(|id| folder::of(id).join(MARK).exists() && folder::in_use(id));
+    let owners: Vec<String> = marked.filter_map(|id| Some(id.split('-').next()?.to_owned())).collect();
+    for owner in &owners {
         process::run("ending the cluster", std::process::Command::new("kill").arg(owner))?;
-        ended += 1;
     }
     let start = Instant::now();
-    while marked().any(|id| folder::in_use(&id)) {
+    // Not the folder, which is half gone for some time.
+    while owners.iter().any(|owner| Path::new("/proc").join(owner).exists()) {
         ensure!(start.elapsed() < Duration::from_secs(60), "the cluster's owner does not end");
         thread::sleep(Duration::from_millis(50));
     }
     let left = residue::clean()?.len();
-    println!("{ended} clusters ended; {left} leftovers of killed runs removed.");
+    println!("{} clusters ended; {left} leftovers of killed runs removed.", owners.len());
     Ok(())
 }

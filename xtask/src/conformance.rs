@@ -39,9 +39,15 @@ pub struct Options {
     /// Only specs whose name matches this regular expression
     #[arg(long, default_value = "", hide_default_value = true)]
     spec: String,
-    /// Number of nodes, 1 to 9, each with a kubelet
-    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=9))]
-    nodes: u8,
+    /// Number of nodes, 1 to 9, each with a kubelet; otherwise as many as the specs ask for: 3 with `--all`, or 1
+    #[arg(long, value_parser = clap::value_parser!(u8).range(1..=9))]
+    nodes: Option<u8>,
+}
+
+impl Options {
+    fn nodes(&self) -> u8 {
+        self.nodes.unwrap_or(if self.all { 3 } else { 1 })
+    }
 }
 
 /// What kube-proxy is run for.
@@ -130,7 +136,7 @@ fn run_specs(options: &Options, proxy: Proxy, mode: Mode) -> Result<Vec<Spec>> {
     // Dropped in the opposite order: what needs others ends before them.
     let _settings = Settings::note()?;
     let topology =
-        Topology { nodes: options.nodes, pods_per_node: 0, binary: Some(workspace::agent()), ..Topology::default() };
+        Topology { nodes: options.nodes(), pods_per_node: 0, binary: Some(workspace::agent()), ..Topology::default() };
     let lab = Lab::build(topology)?;
     lab.route_pods_from_switch()?;
     interrupt::check()?;
@@ -144,13 +150,13 @@ fn run_specs(options: &Options, proxy: Proxy, mode: Mode) -> Result<Vec<Spec>> {
         interrupt::check()?;
         kubelets.push(Kubelet::start(&lab, node, &plane, &image)?);
     }
-    let running = start_proxies(&lab, &plane, &kubelets, proxy, mode)?;
+    let running = start_proxies(&lab, &plane, proxy, mode)?;
     for kubelet in &mut kubelets {
         kubelet.wait_ready(&plane)?;
         interrupt::check()?;
     }
     println!("  {} of {} Ready after {:.0} s", kubelets.len(), lab.nodes.len(), start.elapsed().as_secs_f32());
-    let specs = specs::run(&plane, &focus(options), options.nodes, &logs);
+    let specs = specs::run(&plane, &focus(options), options.nodes(), &logs);
     // Whatever became of them, how it looked from the proxies is kept.
     keep_logs(&lab.folder().join("log"), &logs)?;
     drop(running);
@@ -158,17 +164,14 @@ fn run_specs(options: &Options, proxy: Proxy, mode: Mode) -> Result<Vec<Spec>> {
     specs
 }
 
-fn start_proxies(lab: &Lab, plane: &ControlPlane, kubelets: &[Kubelet], proxy: Proxy, mode: Mode) -> Result<Running> {
+fn start_proxies(lab: &Lab, plane: &ControlPlane, proxy: Proxy, mode: Mode) -> Result<Running> {
     let (cidrs, proxy_mode) = (format!("--cluster-cidr={CLUSTER_CIDR}"), format!("--proxy-mode={}", mode.name()));
     let flags = [&*proxy_mode, &*cidrs, "--detect-local-mode=ClusterCIDR"];
     let kubeconfig = plane.kubeconfig("proxy");
     let mut running = Running::new();
-    for (node, kubelet) in lab.nodes.iter().zip(kubelets) {
+    for node in &lab.nodes {
         running.push(match proxy {
-            Proxy::Fairlead => {
-                let cgroup = kubelet.cgroup().unwrap_or(lab.cgroup());
-                Box::new(Agent::build(lab, node, &kubeconfig, cgroup, &flags)?)
-            }
+            Proxy::Fairlead => Box::new(Agent::build(lab, node, &kubeconfig, &flags)?),
             Proxy::KubeProxy => Box::new(KubeProxy::start(lab, node, plane, mode.name())?),
         });
     }

@@ -174,9 +174,9 @@ fn node_needs() -> Vec<Need> {
             found: has("iptables") && has("conntrack"),
         },
         Need {
-            packages: &["busybox-static", "curl", "netcat-openbsd", "bind9-dnsutils"],
+            packages: &["busybox-static", "curl", "wget", "netcat-openbsd", "bind9-dnsutils"],
             why: "Pods of Kubernetes' tests run them",
-            found: ["busybox", "curl", "nc.openbsd", "dig"].into_iter().all(has),
+            found: ["busybox", "curl", "wget", "nc.openbsd", "dig"].into_iter().all(has),
         },
         Need {
             packages: &["util-linux", "mount"],

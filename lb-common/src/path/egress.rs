@@ -113,7 +113,7 @@ fn reply<P: Packet, S: State>(packet: &mut P, headers: &Headers, scratch: &mut F
     }
     let closes = headers.tcp & (tcp_flags::FIN | tcp_flags::RST) != 0 && flow.note(headers.tcp, state::ENDPOINT_FIN);
     if closes {
-        close(&key, scratch, state);
+        close(&key, 0, scratch, state);
     }
     if !replied {
         confirm(&key, scratch, state);

@@ -10,11 +10,12 @@ use super::{
 };
 use crate::{
     addr::Port,
-    decide::{Class, Question, classify},
+    checksum::Difference,
+    decide::{Class, Question, classify, find},
     flow::{Flow, FlowKey, Kind, flow_flags, state, tcp_flags},
     icmp,
     layout::{FrontendKey, protocol},
-    packet::Packet,
+    packet::{Covers, Packet},
     parse::{Headers, Part, parse},
     reason::Reason,
     refuse::refuse,
@@ -59,7 +60,7 @@ fn transport<P: Packet, S: State>(
         || state.may_be_frontend(&headers.dst.unspecified(), headers.dport)
         || state.may_be_frontend(&headers.dst, Port::ZERO)
     {
-        if let Some(action) = known(packet, headers, flow, state) {
+        if let Some(action) = known(packet, hook, headers, flow, state) {
             return action;
         }
         let action = open(hook, headers, question, flow, state);
@@ -92,7 +93,13 @@ fn transport<P: Packet, S: State>(
 
 /// A request of a connection that is known, and stays with its endpoint.
 #[inline(always)]
-fn known<P: Packet, S: State>(packet: &mut P, headers: &Headers, scratch: &mut Flow, state: &mut S) -> Option<Action> {
+fn known<P: Packet, S: State>(
+    packet: &mut P,
+    hook: &Hook,
+    headers: &Headers,
+    scratch: &mut Flow,
+    state: &mut S,
+) -> Option<Action> {
     let key = FlowKey::new(Kind::Request, headers.src, headers.sport, headers.dst, headers.dport, headers.proto);
     let now = state.now();
     let flow = state.flow(&key)?;
@@ -113,21 +120,21 @@ fn known<P: Packet, S: State>(packet: &mut P, headers: &Headers, scratch: &mut F
             closes = flow.note(headers.tcp, state::CLIENT_FIN);
         }
     }
-    let (addr, port, forwarded, id, generation, bridge, seen) = (
-        flow.endpoint,
-        flow.endpoint_port,
-        flow.forwarded_port,
-        flow.endpoint_id,
-        flow.generation,
-        flow.bridge,
-        flow.seen,
-    );
+    let (addr, port, forwarded, bridge, seen) =
+        (flow.endpoint, flow.endpoint_port, flow.forwarded_port, flow.bridge, flow.seen);
+    // The rest is not kept on the stack, which is short.
+    (scratch.endpoint_id, scratch.generation, scratch.state) = (flow.endpoint_id, flow.generation, flow.state);
     flow.seen = now;
-    if asks_endpoint && !state.endpoint(id).is_some_and(|endpoint| endpoint.serves(generation)) {
-        return None;
+    if asks_endpoint {
+        if !holds(headers, scratch, state) {
+            return None;
+        }
+    } else if state.terminates() && is_cut_off(headers, scratch, state) {
+        close(&key, state::RESET, scratch, state);
+        return Some(terminate(packet, hook, headers, state));
     }
     if closes {
-        close(&key, scratch, state);
+        close(&key, 0, scratch, state);
     }
     if wants_care(seen, now) {
         care(&key, now, scratch, state);
@@ -139,6 +146,47 @@ fn known<P: Packet, S: State>(packet: &mut P, headers: &Headers, scratch: &mut F
         return Some(Action::Drop(Reason::Internal));
     }
     Some(if bridge == 0 { Action::Next(Reason::Established) } else { Action::Bridge(bridge, Reason::Established) })
+}
+
+/// Whether a flow goes on as it is: its endpoint serves, and the packet's destination is the same Service port's still. An
+/// external address may have become another's.
+#[inline(never)]
+fn holds<S: State>(headers: &Headers, flow: &Flow, state: &S) -> bool {
+    serves(flow, state)
+        && find(&headers.dst, headers.dport, headers.proto, state)
+            .is_some_and(|frontend| frontend.service == flow.service)
+}
+
+/// Whether a TCP connection has lost its endpoint. Where both sides have said that they are done, it may end by itself.
+#[inline(never)]
+fn is_cut_off<S: State>(headers: &Headers, flow: &Flow, state: &S) -> bool {
+    let goes_on = flow.state & state::RESET != 0 || !flow.is_closed();
+    goes_on && headers.tcp & tcp_flags::RST == 0 && !serves(flow, state)
+}
+
+#[inline(always)]
+fn serves<S: State>(flow: &Flow, state: &S) -> bool {
+    state.endpoint(flow.endpoint_id).is_some_and(|endpoint| endpoint.serves(flow.generation))
+}
+
+/// Ends a connection on both sides: a copy of the packet goes on to the endpoint as a reset, itself it is refused.
+#[inline(never)]
+fn terminate<P: Packet, S: State>(packet: &mut P, hook: &Hook, headers: &Headers, state: &mut S) -> Action {
+    if !matches!(headers.part, Part::Later) && set_reset(packet, headers).is_some() {
+        state.enter_again(packet, hook.device);
+    }
+    Action::Answer(Reason::EndpointGone)
+}
+
+/// Makes a TCP segment a reset, in the middle of its sequence numbers as they are.
+#[inline(always)]
+fn set_reset<P: Packet>(packet: &mut P, headers: &Headers) -> Option<()> {
+    let at = headers.l4.wrapping_add(12);
+    let old = packet.read::<u16>(at)?;
+    let new = old | u16::from_ne_bytes([0, tcp_flags::RST]);
+    packet.write(at, new)?;
+    let difference = Difference::NONE.port(Port { be: old }, Port { be: new });
+    packet.update_checksum(headers.l4.wrapping_add(16), difference, Covers::Segment, false)
 }
 
 /// An answer to a request that left with the node's address.
@@ -163,7 +211,7 @@ fn masquerade_reply<P: Packet, S: State>(
     let (client, port, replied, seen) = (flow.client, flow.forwarded_port, flow.state & state::REPLIED != 0, flow.seen);
     flow.seen = now;
     if headers.tcp & (tcp_flags::FIN | tcp_flags::RST) != 0 && flow.note(headers.tcp, state::ENDPOINT_FIN) {
-        close(&key, scratch, state);
+        close(&key, 0, scratch, state);
     }
     if !replied {
         confirm(&key, scratch, state);

@@ -242,6 +242,27 @@ fn a_udp_flow_moves_when_its_endpoint_goes() {
 }
 
 #[test]
+fn a_flow_goes_where_its_address_goes_but_an_established_connection_stays() {
+    for case in [V4, V6] {
+        let new = SocketAddr::new(case.endpoint().ip(), 9999);
+        for (segment, next, expected) in
+            [(Segment::Udp, Segment::Udp, new), (SYN, SYN, new), (SYN, ACK, case.endpoint())]
+        {
+            let mut machine = case.machine(0);
+            cross(&mut machine, case.client(), case.service(), segment);
+            // The old endpoint serves on, by other addresses of its Service.
+            add_service(&mut machine, 2, case.service(), &[new], 0);
+            assert_eq!(cross(&mut machine, case.client(), case.service(), next), (case.client(), expected));
+        }
+        let mut machine = case.machine(0);
+        cross(&mut machine, case.client(), case.service(), Segment::Udp);
+        machine.tables.frontends.clear();
+        let action = enter(&mut machine, &mut frame(case.client(), case.service(), Segment::Udp));
+        assert_eq!(action, Action::Next(Reason::NotService), "the address is nobody's");
+    }
+}
+
+#[test]
 fn a_late_answer_of_a_former_endpoint_does_not_take_the_client_back() {
     for (segment, answer) in [(Segment::Udp, Segment::Udp), (SYN, SYN_ACK), (SYN, Segment::Tcp(tcp_flags::RST))] {
         let mut machine = V4.machine(0);

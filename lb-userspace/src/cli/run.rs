@@ -86,6 +86,10 @@ pub struct RunArgs {
     /// Keep the client's address wherever the endpoint is on this node
     #[arg(long)]
     preserve_client_ip: bool,
+    /// Reset TCP connections when their endpoint is no longer one of the Service's, ready or terminating but still serving;
+    /// without, they go on as long as the endpoint answers
+    #[arg(long)]
+    terminate_connections: bool,
     /// How log lines are written; goes before --logging-format
     #[arg(long, value_enum)]
     log_format: Option<LogFormat>,
@@ -321,6 +325,7 @@ impl RunArgs {
                 flows: self.flows.unwrap_or_else(|| kernel::Options::default().flows),
                 masquerade_first,
                 masquerade_ports,
+                terminate_connections: self.terminate_connections,
                 #[cfg(feature = "program-log")]
                 program_log: self.program_log,
                 count_services: self.service_metrics,

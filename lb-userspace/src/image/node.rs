@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use ipnet::IpNet;
 use lb_common::{
     addr::Addr,
-    layout::{Cover, Device, NodeAddress, PrefixKey, Settings},
+    layout::{Cover, Device, NodeAddress, PrefixKey, Settings, settings_flags},
 };
 
 use super::{Image, Write, put};
@@ -65,6 +65,13 @@ impl Image {
     /// Until when, on the programs' clock, the middle of unknown TCP connections is left to the host.
     pub fn leave_mid_flow(&mut self, until: u32) -> Vec<Write> {
         let settings = Settings { mid_flow_left_until: until, ..self.memory.settings };
+        self.put_all((settings != self.memory.settings).then_some(Write::Settings(settings)))
+    }
+
+    /// Whether TCP connections are reset when their endpoint is gone.
+    pub fn set_terminates(&mut self, terminates: bool) -> Vec<Write> {
+        let settings =
+            Settings { flags: if terminates { settings_flags::TERMINATE } else { 0 }, ..self.memory.settings };
         self.put_all((settings != self.memory.settings).then_some(Write::Settings(settings)))
     }
 

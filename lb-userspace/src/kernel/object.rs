@@ -199,13 +199,13 @@ impl Capacity {
     /// What the content needs.
     pub fn of(memory: &Memory) -> Self {
         let count = |len: usize| u32::try_from(len).unwrap_or(u32::MAX);
-        let last = |key: Option<&u32>| key.map_or(0, |key| key.saturating_add(1));
+        let last = |key: Option<u32>| key.map_or(0, |key| key.saturating_add(1));
         Self(BTreeMap::from([
             (Table::Frontends, count(memory.frontends.len())),
-            (Table::Slots, last(memory.slots.last_key_value().map(|(key, _)| key))),
-            (Table::Endpoints, last(memory.endpoints.last_key_value().map(|(key, _)| key))),
+            (Table::Slots, last(memory.slots.last_key())),
+            (Table::Endpoints, last(memory.endpoints.last_key())),
             (Table::Services, count(memory.services.len())),
-            (Table::ServiceCounters, last(memory.services.last_key_value().map(|(key, _)| key))),
+            (Table::ServiceCounters, last(memory.services.last_key())),
             (Table::SourceRanges, count(memory.source_ranges.len())),
             (Table::LocalCidrs, count(memory.local_cidrs.len())),
             (Table::ServiceCidrs, count(memory.service_cidrs.len())),
@@ -333,15 +333,15 @@ impl Programs {
         Ok(program.fd().with_context(|| format!("program {name} is not loaded"))?.as_fd().try_clone_to_owned()?)
     }
 
-    /// What UDP sockets of the calling thread's network namespace were told: for each a cookie and its [`Pairs`]. The program is
-    /// loaded when it is first asked for.
-    pub fn told(&mut self) -> Result<File> {
-        const NAME: &str = "told_udp";
-        let program = self.ethernet()?.program_mut(NAME).with_context(|| format!("no program {NAME} in the object"))?;
-        let program: &mut Iter = program.try_into().with_context(|| format!("program {NAME} is no iterator"))?;
+    /// What the sockets of the calling thread's network namespace were told, the TCP ones or the UDP ones: for each a cookie and
+    /// its [`Pairs`]. The program is loaded when it is first asked for.
+    pub fn told(&mut self, tcp: bool) -> Result<File> {
+        let (name, kind) = if tcp { ("told_tcp", "tcp") } else { ("told_udp", "udp") };
+        let program = self.ethernet()?.program_mut(name).with_context(|| format!("no program {name} in the object"))?;
+        let program: &mut Iter = program.try_into().with_context(|| format!("program {name} is no iterator"))?;
         if program.fd().is_err() {
             let types = Btf::from_sys_fs().context("cannot read the kernel's types (CONFIG_DEBUG_INFO_BTF)")?;
-            persevere(|| program.load("udp", &types)).map_err(|error| explain(NAME, error))?;
+            persevere(|| program.load(kind, &types)).map_err(|error| explain(name, error))?;
             // They take ten megabytes, this once.
             drop(types);
             sys::release_memory();
@@ -610,7 +610,7 @@ mod tests {
 
     #[test]
     fn arrays_need_their_last_index() {
-        let memory = Memory { slots: BTreeMap::from([(70_000, 1)]), ..Memory::default() };
+        let memory = Memory { slots: [(70_000, 1)].into(), ..Memory::default() };
         assert_eq!(Capacity::of(&memory).needs(Table::Slots), 70_001);
     }
 }

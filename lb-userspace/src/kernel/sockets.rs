@@ -35,17 +35,24 @@ use crate::image::{Write, service_name};
 /// Where the namespaces of pods have names.
 const NAMED: &str = "/run/netns";
 
-/// Whether writes may have led connected UDP sockets astray: an endpoint that is gone, another frontend or another address for NodePorts.
-/// `memory` is what the tables hold once the writes are done.
+/// The states in which one side may still wait for the other; UDP has the first only.
+const CONNECTED: StateFlags = StateFlags::ESTABLISHED
+    .union(StateFlags::SYN_SENT)
+    .union(StateFlags::FIN_WAIT1)
+    .union(StateFlags::FIN_WAIT2)
+    .union(StateFlags::CLOSE_WAIT);
+
+/// Whether writes may have led connected sockets astray: an endpoint that is gone, another frontend or another address for NodePorts.
+/// `tcp`: whether TCP connections end with their endpoint. `memory` is what the tables hold once the writes are done.
 #[must_use]
-pub fn concerns(writes: &[Write], memory: &Memory) -> bool {
+pub fn concerns(writes: &[Write], tcp: bool, memory: &Memory) -> bool {
     let udp = |key: &FrontendKey| key.proto == protocol::UDP;
     writes.iter().any(|write| match write {
         Write::Frontend(key, _) | Write::RemoveFrontend(key) => udp(key),
         // A Service that goes as a whole takes its frontends along.
         Write::Endpoint(_, endpoint) if endpoint.flags == 0 => {
             let name = memory.services.get(&endpoint.service).and_then(service_name);
-            name.is_some_and(|name| name.ends_with("/UDP"))
+            name.is_some_and(|name| name.ends_with("/UDP") || tcp && name.ends_with("/TCP"))
         }
         Write::NodeAddress(..) => true,
         Write::Endpoint(..)
@@ -70,18 +77,18 @@ pub fn concerns(writes: &[Write], memory: &Memory) -> bool {
 }
 
 /// Ends the sockets of this network namespace that are astray; with `pods`, also those of every other one that can be
-/// found. Answers how many. One namespace that fails does not save the others.
-pub fn end_astray(programs: &mut Programs, pods: bool, memory: &Memory) -> Result<usize> {
-    let mut ended = end_here(programs, false, memory)?;
+/// found, and with `tcp` TCP connections too. Answers how many. One namespace that fails does not save the others.
+pub fn end_astray(programs: &mut Programs, pods: bool, tcp: bool, memory: &Memory) -> Result<usize> {
+    let mut ended = end_here(programs, false, tcp, memory)?;
     if pods {
         // A thread of its own, since it does not come back from where it goes.
-        let others = std::thread::scope(|scope| scope.spawn(|| end_elsewhere(programs, memory)).join());
+        let others = std::thread::scope(|scope| scope.spawn(|| end_elsewhere(programs, tcp, memory)).join());
         ended += others.map_err(|_| anyhow!("the thread that enters namespaces ended early"))??;
     }
     Ok(ended)
 }
 
-fn end_elsewhere(programs: &mut Programs, memory: &Memory) -> Result<usize> {
+fn end_elsewhere(programs: &mut Programs, tcp: bool, memory: &Memory) -> Result<usize> {
     let mut ended = 0;
     let mut failed = None;
     let mut seen: BTreeSet<(u64, u64)> =
@@ -96,7 +103,7 @@ fn end_elsewhere(programs: &mut Programs, memory: &Memory) -> Result<usize> {
             continue;
         }
         let entered = move_into_link_name_space(file.as_fd(), Some(LinkNameSpaceType::Network));
-        match entered.map_err(anyhow::Error::from).and_then(|()| end_here(programs, true, memory)) {
+        match entered.map_err(anyhow::Error::from).and_then(|()| end_here(programs, true, tcp, memory)) {
             Ok(here) => ended += here,
             Err(error) => failed = Some(error.context(format!("network namespace {}", path.display()))),
         }
@@ -104,31 +111,21 @@ fn end_elsewhere(programs: &mut Programs, memory: &Memory) -> Result<usize> {
     failed.map_or(Ok(ended), Err)
 }
 
-fn end_here(programs: &mut Programs, is_pod: bool, memory: &Memory) -> Result<usize> {
-    let told = told(programs)?;
-    if is_pod && told.is_empty() {
-        return Ok(0);
-    }
+fn end_here(programs: &mut Programs, is_pod: bool, tcp: bool, memory: &Memory) -> Result<usize> {
     let mut ended = 0;
-    for family in [libc::AF_INET, libc::AF_INET6] {
-        for socket in dump(family as u8).context("cannot list UDP sockets")? {
-            let id = &socket.header.socket_id;
-            let peer = Ends {
-                addr: id.destination_address.into(),
-                port: Port::new(id.destination_port),
-                proto: protocol::UDP,
-            };
-            let pairs = told.get(&u64::from_ne_bytes(id.cookie));
-            if astray(&peer, pairs, is_pod, memory).is_none() {
-                continue;
-            }
-            match destroy(&socket) {
-                Ok(()) => ended += 1,
-                // It was closed or connected to someone else meanwhile.
-                Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ESTALE)) => {}
-                Err(error) => {
-                    let to = std::net::SocketAddr::new(id.destination_address, id.destination_port);
-                    return Err(error).context(format!("cannot end the socket that is connected to {to}"));
+    let protocols = [Some((protocol::UDP, "UDP")), tcp.then_some((protocol::TCP, "TCP"))];
+    for (proto, name) in protocols.into_iter().flatten() {
+        let told = told(programs, proto)?;
+        if told.is_empty() && (is_pod || proto == protocol::TCP) {
+            continue;
+        }
+        for family in [libc::AF_INET, libc::AF_INET6] {
+            for socket in dump(family as u8, proto).with_context(|| format!("cannot list {name} sockets"))? {
+                let id = &socket.header.socket_id;
+                let peer = Ends { addr: id.destination_address.into(), port: Port::new(id.destination_port), proto };
+                let pairs = told.get(&u64::from_ne_bytes(id.cookie));
+                if astray(&peer, pairs, is_pod, memory).is_some() {
+                    ended += usize::from(end(&socket, proto)?);
                 }
             }
         }
@@ -136,29 +133,42 @@ fn end_here(programs: &mut Programs, is_pod: bool, memory: &Memory) -> Result<us
     Ok(ended)
 }
 
+/// Ends a socket, unless it was closed or connected to someone else meanwhile.
+fn end(socket: &InetResponse, proto: u8) -> Result<bool> {
+    match destroy(socket, proto) {
+        Ok(()) => Ok(true),
+        Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ESTALE)) => Ok(false),
+        Err(error) => {
+            let id = &socket.header.socket_id;
+            let to = std::net::SocketAddr::new(id.destination_address, id.destination_port);
+            Err(error).context(format!("cannot end the socket that is connected to {to}"))
+        }
+    }
+}
+
 /// What the sockets of this namespace were told, by cookie.
-fn told(programs: &mut Programs) -> Result<BTreeMap<u64, Pairs>> {
+fn told(programs: &mut Programs, proto: u8) -> Result<BTreeMap<u64, Pairs>> {
     const COOKIE: usize = size_of::<u64>();
     let mut bytes = Vec::new();
-    programs.told()?.read_to_end(&mut bytes).context("cannot read what sockets were told")?;
+    programs.told(proto == protocol::TCP)?.read_to_end(&mut bytes).context("cannot read what sockets were told")?;
     let records = bytes.chunks_exact(COOKIE + size_of::<Pairs>()).map(|record| record.split_at(COOKIE));
     Ok(records.map(|(cookie, pairs)| (sys::value_of(cookie), sys::value_of(pairs))).collect())
 }
 
-fn question(family: u8, socket_id: SocketId) -> SockDiagMessage {
+fn question(family: u8, protocol: u8, socket_id: SocketId) -> SockDiagMessage {
     SockDiagMessage::InetRequest(InetRequest {
         family,
-        protocol: protocol::UDP,
+        protocol,
         extensions: ExtensionFlags::empty(),
-        states: StateFlags::ESTABLISHED,
+        states: CONNECTED,
         socket_id,
     })
 }
 
 /// The connected sockets of this namespace.
-fn dump(family: u8) -> io::Result<Vec<InetResponse>> {
+fn dump(family: u8, protocol: u8) -> io::Result<Vec<InetResponse>> {
     let id = if i32::from(family) == libc::AF_INET { SocketId::new_v4() } else { SocketId::new_v6() };
-    let mut request = NetlinkMessage::from(question(family, id));
+    let mut request = NetlinkMessage::from(question(family, protocol, id));
     request.header.flags = NLM_F_REQUEST | NLM_F_DUMP;
     let bytes = netlink::serialize(request);
     let answers = loop {
@@ -174,8 +184,8 @@ fn dump(family: u8) -> io::Result<Vec<InetResponse>> {
     Ok(sockets.collect())
 }
 
-fn destroy(socket: &InetResponse) -> io::Result<()> {
-    let question = question(socket.header.family, socket.header.socket_id.clone());
+fn destroy(socket: &InetResponse, protocol: u8) -> io::Result<()> {
+    let question = question(socket.header.family, protocol, socket.header.socket_id.clone());
     let mut request = NetlinkMessage::from(SockDiagDestroy::new(question));
     request.header.flags = NLM_F_REQUEST | NLM_F_ACK;
     netlink::exchange::<SockDiagMessage>(NETLINK_SOCK_DIAG, &netlink::serialize(request)).map(drop)

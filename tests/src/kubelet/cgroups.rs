@@ -1,5 +1,6 @@
-//! The cgroups of a node's Pods. In: a name. Out: a folder of that name in every hierarchy that the machine has, removed with all below
-//! on drop. Never here: processes; a kubelet and its runtime put them there, and are gone before.
+//! The cgroups of a node's Pods. In: a name. Out: a folder of that name in every hierarchy that a kubelet uses, removed with all below on
+//! drop, from cgroup v2 too, where the runtime makes one by itself beside those of v1. Never here: processes; a kubelet and its runtime put
+//! them there, and are gone before.
 
 use std::fs;
 use std::io;
@@ -16,14 +17,13 @@ const PREFIX: &str = "fairlead-kubelet-";
 #[derive(Debug)]
 pub struct Cgroups {
     name: String,
-    unified: Option<PathBuf>,
 }
 
 impl Cgroups {
     /// Makes them. The name starts with that of the lab.
     pub fn create(name: &str) -> Result<Self> {
         let old = old_hierarchies();
-        let mut cgroups = Self { name: format!("{PREFIX}{name}"), unified: None };
+        let cgroups = Self { name: format!("{PREFIX}{name}") };
         for hierarchy in &old {
             let folder = hierarchy.join(&cgroups.name);
             fs::create_dir(&folder).with_context(|| format!("creating {}", folder.display()))?;
@@ -43,7 +43,6 @@ impl Cgroups {
             }
             let folder = root.join(&cgroups.name);
             fs::create_dir(&folder).with_context(|| format!("creating {}", folder.display()))?;
-            cgroups.unified = Some(root);
         }
         Ok(cgroups)
     }
@@ -51,11 +50,6 @@ impl Cgroups {
     /// The name of the root, as a kubelet takes it.
     pub fn root(&self) -> String {
         format!("/{}", self.name)
-    }
-
-    /// The root of cgroup v2, where Pods are in it.
-    pub fn unified(&self) -> Option<&Path> {
-        self.unified.as_deref()
     }
 }
 
@@ -75,12 +69,17 @@ pub fn leftovers() -> Vec<(String, PathBuf)> {
     for hierarchy in old_hierarchies().into_iter().chain(cgroup::mount_point()) {
         for entry in fs::read_dir(&hierarchy).into_iter().flatten().flatten() {
             let name = entry.file_name().to_string_lossy().into_owned();
-            let Some(rest) = name.strip_prefix(PREFIX) else { continue };
-            let id: Vec<&str> = rest.splitn(3, '-').take(2).collect();
-            found.push((id.join("-"), entry.path()));
+            found.extend(lab_id(&name).map(|id| (id, entry.path())));
         }
     }
     found
+}
+
+/// `<pid>-<n>` of `fairlead-kubelet-<pid>-<n>-<node>`.
+fn lab_id(name: &str) -> Option<String> {
+    let mut parts = name.strip_prefix(PREFIX)?.split('-');
+    let (pid, n, _node) = (parts.next()?, parts.next()?, parts.next()?);
+    Some(format!("{pid}-{n}"))
 }
 
 /// Removes a cgroup and all below it.
@@ -106,4 +105,17 @@ fn old_hierarchies() -> Vec<PathBuf> {
         left.split(' ').nth(4).map(PathBuf::from)
     });
     mounted.collect()
+}
+
+#[cfg(test)]
+mod unit {
+    use super::lab_id;
+
+    #[test]
+    fn a_cgroup_tells_the_lab_of_its_kubelet() {
+        assert_eq!(lab_id("fairlead-kubelet-12-3-node1"), Some("12-3".to_owned()));
+        for other in ["fairlead-lab-12", "fairlead-kubelet-12-3", "kubelet-12-3-node1"] {
+            assert_eq!(lab_id(other), None, "{other}");
+        }
+    }
 }

@@ -15,8 +15,9 @@ use crate::control_plane::parts;
 /// What the tests of this release call it.
 pub const AGNHOST: &str = "registry.k8s.io/e2e-test-images/agnhost:2.66.1";
 
-/// What Pods are asked to run besides agnhost.
-const PROGRAMS: [&str; 7] = ["bash", "curl", "nc.openbsd", "dig", "ip", "ss", "conntrack"];
+/// What Pods are asked to run besides agnhost, where busybox has nothing of that name, knows fewer flags, or crashes (Debian's static
+/// `wget`, once it looks for a host).
+const PROGRAMS: [&str; 8] = ["bash", "curl", "wget", "nc.openbsd", "dig", "ip", "ss", "conntrack"];
 
 /// Makes it in a folder.
 pub fn build(folder: &Path) -> Result<PathBuf> {

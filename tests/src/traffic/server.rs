@@ -63,6 +63,11 @@ impl Server {
         self.shared.served.load(Ordering::Relaxed)
     }
 
+    /// How many TCP connections are open, as far as it knows.
+    pub fn connections(&self) -> usize {
+        self.shared.connections.lock().unwrap_or_else(PoisonError::into_inner).len()
+    }
+
     fn idle(name: &str) -> Self {
         let shared = Shared {
             name: name.to_owned(),

@@ -1,6 +1,7 @@
 //! The life of a TCP connection, as its segments tell it to a [`Machine`].
 
 use super::*;
+use crate::layout::settings_flags;
 
 const RST: Segment = Segment::Tcp(tcp_flags::RST);
 
@@ -62,7 +63,27 @@ impl Connection {
         }
         let others: Vec<_> = (1..50).map(|i| SocketAddr::new(self.case.endpoint().ip(), 9000 + i)).collect();
         add_service(&mut self.machine, 2, self.case.service(), &others, self.flags);
+        let tables = &mut self.machine.tables;
+        tables.frontends.values_mut().for_each(|frontend| frontend.service = 1);
+        tables.endpoints.values_mut().for_each(|endpoint| endpoint.service = 1);
         others
+    }
+
+    /// A segment of the client that must be answered by a reset, while the endpoint gets one too.
+    fn is_terminated(&mut self, segment: Segment) {
+        let Self { case, seen, machine, .. } = self;
+        let mut packet = frame(case.client(), case.service(), segment);
+        assert_eq!(enter(machine, &mut packet), Action::Answer(Reason::EndpointGone));
+        assert_eq!(ends(&packet), (case.service(), case.client()));
+        let (acknowledged, flags) =
+            told(&frame(case.client(), case.service(), segment), |tcp| tcp.acknowledgment_number());
+        assert_eq!(told(&packet, |tcp| tcp.sequence_number()), (acknowledged, tcp_flags::RST));
+        let [(device, mut copy)] = machine.entered.split_off(0).try_into().unwrap();
+        assert_eq!((device, told(&copy, |tcp| tcp.sequence_number())), (3, (1000, flags | tcp_flags::RST)));
+        assert_eq!(enter(machine, &mut copy), Action::Next(Reason::Established));
+        leave(machine, &mut copy);
+        assert_eq!(ends(&copy), (*seen, case.endpoint()));
+        assert!(machine.entered.is_empty());
     }
 
     /// The same client port connects once more: where that goes, once the answer has come back.
@@ -73,6 +94,14 @@ impl Connection {
         assert_eq!(cross(machine, case.client(), case.service(), ACK), (seen, endpoint));
         endpoint
     }
+}
+
+/// A number that a segment says, and its flags.
+fn told(frame: &[u8], number: fn(&etherparse::TcpSlice) -> u32) -> (u32, u8) {
+    let Some(TransportSlice::Tcp(tcp)) = SlicedPacket::from_ethernet(frame).unwrap().transport else {
+        panic!("no TCP segment")
+    };
+    (number(&tcp), tcp.slice()[13])
 }
 
 /// Every way in which a connection ends, each with all segments until nobody sends any more.
@@ -196,6 +225,46 @@ fn a_connection_stays_with_an_endpoint_that_is_gone_and_a_new_one_does_not() {
             connection.send(Server, ACK);
         }
         assert!(others.contains(&connection.connect_again()), "{case:?}: the port is used again");
+    }
+}
+
+#[test]
+fn both_sides_hear_that_the_endpoint_is_gone_where_connections_end_with_it() {
+    for (case, flags) in cases() {
+        for segment in [ACK, FIN] {
+            let mut connection = Connection::established(case, flags);
+            connection.machine.tables.settings.flags = settings_flags::TERMINATE;
+            let others = connection.change_set(true);
+            connection.send(Client, ACK);
+            connection.change_set(false);
+            // What the endpoint says arrives: the client's acknowledgement brings the news.
+            connection.send(Server, ACK);
+            connection.is_terminated(segment);
+            // What was under way, and what the client sends where the reset was lost.
+            connection.send(Server, ACK);
+            connection.is_terminated(ACK);
+            connection.send(Server, RST);
+            assert!(others.contains(&connection.connect_again()), "{case:?}: the port is used again");
+        }
+    }
+}
+
+#[test]
+fn a_connection_that_ends_by_itself_is_not_reset_at_the_last_moment() {
+    for (case, flags) in cases() {
+        for (name, end) in ENDS {
+            let mut connection = Connection::established(case, flags);
+            connection.machine.tables.settings.flags = settings_flags::TERMINATE;
+            let closed = end.iter().position(|(by, segment)| {
+                connection.send(*by, *segment);
+                connection.machine.flows.values().all(|(flow, _)| flow.is_closed())
+            });
+            connection.change_set(false);
+            for (by, segment) in &end[closed.unwrap() + 1..] {
+                connection.send(*by, *segment);
+            }
+            assert!(connection.machine.entered.is_empty(), "{name}, {case:?}");
+        }
     }
 }
 
