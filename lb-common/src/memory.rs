@@ -1,7 +1,12 @@
 //! Tables in ordinary memory: what `image` believes to be in the kernel, and what tests and `explain --manifests` decide
 //! against.
 
+mod bit_set;
+mod dense;
+
 use std::collections::{BTreeMap, BTreeSet};
+
+pub use self::{bit_set::BitSet, dense::Dense};
 
 use crate::{
     addr::{Addr, Port},
@@ -15,17 +20,17 @@ use crate::{
     tables::{State, Tables},
 };
 
-/// Every table that the agent writes. Bits are kept as sets of indices.
+/// Every table that the agent writes.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Memory {
     /// Frontends by address, port and protocol.
     pub frontends: BTreeMap<FrontendKey, Frontend>,
     /// Endpoint ids by slot.
-    pub slots: BTreeMap<u32, u32>,
+    pub slots: Dense<u32>,
     /// Endpoints by id, the gone ones too.
-    pub endpoints: BTreeMap<u32, Endpoint>,
+    pub endpoints: Dense<Endpoint>,
     /// Names by id of the Service port.
-    pub services: BTreeMap<u32, ServiceName>,
+    pub services: Dense<ServiceName>,
     /// Source ranges by Service port.
     pub source_ranges: BTreeSet<PrefixKey>,
     /// What the local detector takes as local, with `service` 0.
@@ -39,9 +44,9 @@ pub struct Memory {
     /// What may change while the programs run.
     pub settings: Settings,
     /// Set bits of "may be a frontend".
-    pub frontend_bits: BTreeSet<u32>,
+    pub frontend_bits: BitSet,
     /// Set bits of "may be an endpoint".
-    pub endpoint_bits: BTreeSet<u32>,
+    pub endpoint_bits: BitSet,
 }
 
 /// Whether some prefix of the set holds the address, for one Service port.

@@ -152,6 +152,12 @@ impl Image {
         self.silent = silent;
     }
 
+    /// Whether nobody asks for the writes.
+    #[must_use]
+    pub const fn is_silent(&self) -> bool {
+        self.silent
+    }
+
     fn list(&self) -> List {
         List { silent: self.silent, writes: Vec::new() }
     }
@@ -184,7 +190,7 @@ impl Image {
         Capacity {
             frontends: self.most_frontends.max(memory.frontends.len()),
             slots: self.slots.end() as usize,
-            endpoints: memory.endpoints.last_key_value().map_or(0, |(id, _)| *id as usize + 1),
+            endpoints: memory.endpoints.last_key().map_or(0, |id| id as usize + 1),
             services: memory.services.len(),
             source_ranges: self.most_source_ranges.max(memory.source_ranges.len()),
             local_cidrs: memory.local_cidrs.len(),

@@ -22,17 +22,12 @@ mod sys;
 pub mod sysctls;
 pub mod tables;
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    fs,
-    os::fd::AsFd as _,
-    path::PathBuf,
-};
+use std::{collections::BTreeSet, fs, os::fd::AsFd as _, path::PathBuf};
 
 use anyhow::{Context as _, Result, bail};
 use lb_common::{
     layout::{bit_index, frontend_flags},
-    memory::Memory,
+    memory::{Dense, Memory},
 };
 use tracing::{info, warn};
 
@@ -227,8 +222,8 @@ impl Kernel {
         }
         kernel.open_cgroup()?;
         // An agent that counted nothing may have left fewer counters than there are Services.
-        let services = kernel.tables.as_ref().map_or_else(|| Ok(BTreeMap::new()), |tables| tables.store.services())?;
-        kernel.make_counters(services.last_key_value().map_or(0, |(id, _)| id.saturating_add(1)), Capacity::of)?;
+        let services = kernel.tables.as_ref().map_or_else(|| Ok(Dense::default()), |tables| tables.store.services())?;
+        kernel.make_counters(services.last_key().map_or(0, |id| id.saturating_add(1)), Capacity::of)?;
         Ok(kernel)
     }
 
@@ -330,10 +325,10 @@ impl Kernel {
         loop {
             let Tables { store, counters, .. } = self.tables_for(|| Capacity::of(new))?;
             let came = new.services.iter().filter(|(id, name)| old.services.get(id) != Some(name));
-            counters.begin(store, came.map(|(id, _)| *id))?;
+            counters.begin(store, came.map(|(id, _)| id))?;
             match store.apply(difference(old, new)) {
                 Ok(()) => {
-                    counters.end(old.services.keys().filter(|id| !new.services.contains_key(id)).copied());
+                    counters.end(old.services.keys().filter(|id| !new.services.contains_key(id)));
                     return Ok(());
                 }
                 Err(Stopped::Failed(error)) => return Err(error),

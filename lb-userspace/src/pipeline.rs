@@ -20,6 +20,9 @@ use crate::{
     },
 };
 
+/// So many Service ports of a first list are planned before their plans are carried out and forgotten.
+const AT_ONCE: usize = 64;
+
 /// The state of the cluster, what this node does about it, and what of that is in the kernel.
 #[derive(Debug)]
 pub struct Pipeline {
@@ -161,8 +164,7 @@ impl Pipeline {
     /// What this node would do for a Service if no other claimed its frontends.
     #[must_use]
     pub fn plan(&self, service: &ObjectName) -> Option<ServicePlan> {
-        let object = self.model.service(service)?;
-        plan_service(object, &self.model.backends(service), &self.view).0
+        plan_of(&self.model, service, &self.view)?.0
     }
 
     /// Begins again with what is in the kernel, after writes may have been lost: the next [`Self::compile`] compares everything.
@@ -217,6 +219,10 @@ impl Pipeline {
         let mut step = Step::default();
         for service in services {
             step.merge(self.plan_again(&service));
+            // A first list's plans would take more memory than what comes of them.
+            if self.image.is_silent() && step.ports.len() >= AT_ONCE {
+                self.image.apply(&std::mem::take(&mut step), now);
+            }
         }
         writes.extend(self.image.apply(&step, now));
         writes
@@ -231,8 +237,7 @@ impl Pipeline {
 
     fn plan_again(&mut self, service: &ObjectName) -> Step {
         let object = self.model.service(service);
-        let (plan, problems) =
-            object.map(|object| plan_service(object, &self.model.backends(service), &self.view)).unwrap_or_default();
+        let (plan, problems) = plan_of(&self.model, service, &self.view).unwrap_or_default();
         let age = object.and_then(|object| object.metadata.creation_timestamp.as_deref());
         let known = self.problems_of(service);
         let check = plan.as_ref().and_then(|plan| plan.health_check);
@@ -246,7 +251,8 @@ impl Pipeline {
         let lacks = plan.as_ref().map(|plan| [true, false].map(|v4| plan.ports_without_local_endpoints(v4)));
         let lacks = lacks.map(|[v4, v6]| [v4.0, v4.1, v6.0, v6.1]);
         self.lacking.set(service, lacks.unwrap_or_default());
-        let step = self.planner.update(service, plan, age);
+        let (model, view) = (&self.model, &self.view);
+        let step = self.planner.update(service, plan, age, |other| plan_of(model, other, view)?.0);
         if problems.is_empty() {
             self.problems.remove(service);
         } else {
@@ -255,4 +261,9 @@ impl Pipeline {
         self.fresh.extend(self.problems_of(service).into_iter().filter(|problem| !known.contains(problem)));
         step
     }
+}
+
+/// What a node does for a Service, if there is such a Service, and what of it can't be used.
+fn plan_of(model: &Model, service: &ObjectName, view: &NodeView) -> Option<(Option<ServicePlan>, Vec<Problem>)> {
+    Some(plan_service(model.service(service)?, &model.backends(service), view))
 }

@@ -19,6 +19,8 @@ use lb_common::{
 
 use crate::model::{ObjectName, object::Protocol};
 
+#[cfg(test)]
+pub(crate) use claims::Book;
 pub use claims::{Conflict, Planner, Step};
 pub use expected::Expected;
 pub use service::plan_service;

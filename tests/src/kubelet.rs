@@ -135,8 +135,7 @@ oom_score = 0
             "resolvConf": folder.join("resolv.conf"),
             "oomScoreAdj": 0,
             "failSwapOn": false,
-            // A busy machine's disk is nothing to evict Pods or images for.
-            "localStorageCapacityIsolation": false,
+            // A busy machine's disk is nothing to evict Pods or images for; a Pod that writes more than it may is (a spec needs that).
             "imageGCHighThresholdPercent": 100,
             "imageGCLowThresholdPercent": 99,
             "evictionHard": {"memory.available": "100Mi", "nodefs.available": "0%", "nodefs.inodesFree": "0%", "imagefs.available": "0%"},

@@ -67,7 +67,7 @@ fn rows(memory: &Memory) -> impl Iterator<Item = Row> {
                 protocol,
                 endpoint: table::socket(&endpoint.addr, endpoint.port),
                 local: endpoint.flags & endpoint_flags::LOCAL != 0,
-                state: if chosen.contains(id) { "chosen" } else { "kept" },
+                state: if chosen.contains(&id) { "chosen" } else { "kept" },
             })
         },
     )

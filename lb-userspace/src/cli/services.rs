@@ -65,7 +65,7 @@ fn rows(memory: &Memory, known: Vec<ServiceReport>) -> Vec<Row> {
         .iter()
         .filter_map(|(id, name)| {
             let ServicePort { namespace, name, port, protocol } = ServicePort::of(name)?;
-            Some((*id, Row { namespace, name, port, protocol, ..Row::default() }))
+            Some((id, Row { namespace, name, port, protocol, ..Row::default() }))
         })
         .collect();
     for (key, frontend) in &memory.frontends {

@@ -5,13 +5,17 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
+use lb_common::memory::BitSet;
+
 /// Seconds after which no flow names what is gone: the idle time of an established TCP connection.
 pub const FLOW_LIFE: u64 = 24 * 60 * 60;
 
 /// The users of one array of bits.
 #[derive(Clone, Debug, Default)]
 pub struct Bits {
-    users: BTreeMap<u32, u32>,
+    used: BitSet,
+    /// How many users a bit has beside its first, where it has any: few do.
+    more: BTreeMap<u32, u32>,
     /// When bits without a user may be cleared.
     idle: BTreeMap<u32, u64>,
     queue: VecDeque<(u64, u32)>,
@@ -20,24 +24,27 @@ pub struct Bits {
 impl Bits {
     /// One more user.
     pub fn add(&mut self, bit: u32) {
-        *self.users.entry(bit).or_default() += 1;
+        if !self.used.insert(bit) {
+            *self.more.entry(bit).or_default() += 1;
+        }
         self.idle.remove(&bit);
     }
 
     /// One user less.
     pub fn remove(&mut self, bit: u32, now: u64) {
-        if let Some(users) = self.users.get_mut(&bit) {
-            *users -= 1;
-            if *users == 0 {
-                self.users.remove(&bit);
-                self.leave(bit, now);
+        if let Some(more) = self.more.get_mut(&bit) {
+            *more -= 1;
+            if *more == 0 {
+                self.more.remove(&bit);
             }
+        } else if self.used.remove(&bit) {
+            self.leave(bit, now);
         }
     }
 
     /// A bit that was found set; if nobody comes to use it, it is cleared some day.
     pub fn found(&mut self, bit: u32, now: u64) {
-        if !self.users.contains_key(&bit) {
+        if !self.used.contains(&bit) {
             self.leave(bit, now);
         }
     }

@@ -5,15 +5,18 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use lb_common::{layout::FrontendKey, memory::Memory};
+use lb_common::{
+    layout::FrontendKey,
+    memory::{BitSet, Dense, Memory},
+};
 
 use super::Write;
 
 /// The writes that make the old tables the new ones. They are made as they are asked for.
 pub fn difference<'a>(old: &'a Memory, new: &'a Memory) -> impl Iterator<Item = Write> + 'a {
     let (there, gone) = (
-        changed(&old.endpoints, &new.endpoints).filter(|(_, endpoint)| endpoint.flags != 0),
-        changed(&old.endpoints, &new.endpoints).filter(|(_, endpoint)| endpoint.flags == 0),
+        changed_ids(&old.endpoints, &new.endpoints).filter(|(_, endpoint)| endpoint.flags != 0),
+        changed_ids(&old.endpoints, &new.endpoints).filter(|(_, endpoint)| endpoint.flags == 0),
     );
     let node = missing(&old.local_cidrs, &new.local_cidrs)
         .map(Write::LocalCidr)
@@ -26,10 +29,10 @@ pub fn difference<'a>(old: &'a Memory, new: &'a Memory) -> impl Iterator<Item = 
     let services = there
         .map(|(id, endpoint)| Write::Endpoint(id, endpoint))
         .chain(slots(old, new))
-        .chain(changed(&old.services, &new.services).map(|(id, name)| Write::Service(id, Box::new(name))))
+        .chain(changed_ids(&old.services, &new.services).map(|(id, name)| Write::Service(id, Box::new(name))))
         .chain(missing(&old.source_ranges, &new.source_ranges).map(Write::SourceRange))
-        .chain(missing(&old.endpoint_bits, &new.endpoint_bits).map(Write::EndpointBit))
-        .chain(missing(&old.frontend_bits, &new.frontend_bits).map(Write::FrontendBit))
+        .chain(unset(&old.endpoint_bits, &new.endpoint_bits).map(Write::EndpointBit))
+        .chain(unset(&old.frontend_bits, &new.frontend_bits).map(Write::FrontendBit))
         .chain(frontends(old, new, false))
         .chain(frontends(old, new, true));
     let devices = changed(&old.devices, &new.devices)
@@ -39,9 +42,9 @@ pub fn difference<'a>(old: &'a Memory, new: &'a Memory) -> impl Iterator<Item = 
         .chain(removed_frontends(old, new, false))
         .chain(missing(&new.source_ranges, &old.source_ranges).map(Write::RemoveSourceRange))
         .chain(gone.map(|(id, endpoint)| Write::Endpoint(id, endpoint)))
-        .chain(surplus(&old.services, &new.services).map(Write::RemoveService))
-        .chain(missing(&new.endpoint_bits, &old.endpoint_bits).map(Write::ClearEndpointBit))
-        .chain(missing(&new.frontend_bits, &old.frontend_bits).map(Write::ClearFrontendBit));
+        .chain(old.services.keys().filter(|id| !new.services.contains_key(id)).map(Write::RemoveService))
+        .chain(unset(&new.endpoint_bits, &old.endpoint_bits).map(Write::ClearEndpointBit))
+        .chain(unset(&new.frontend_bits, &old.frontend_bits).map(Write::ClearFrontendBit));
     node.chain(services).chain(removed).chain(devices)
 }
 
@@ -61,7 +64,7 @@ fn removed_frontends<'a>(old: &'a Memory, new: &'a Memory, any_port: bool) -> im
 
 /// Slots that hold something else, neighbours together.
 fn slots<'a>(old: &'a Memory, new: &'a Memory) -> impl Iterator<Item = Write> + 'a {
-    let mut changed = changed(&old.slots, &new.slots).peekable();
+    let mut changed = changed_ids(&old.slots, &new.slots).peekable();
     std::iter::from_fn(move || {
         let (first, id) = changed.next()?;
         let mut ids = vec![id];
@@ -78,6 +81,16 @@ fn changed<'a, K: Ord + Copy, V: PartialEq + Copy>(
     new: &'a BTreeMap<K, V>,
 ) -> impl Iterator<Item = (K, V)> + 'a {
     new.iter().filter(|(key, value)| old.get(key) != Some(value)).map(|(key, value)| (*key, *value))
+}
+
+/// The same of tables by id.
+fn changed_ids<'a, V: PartialEq + Copy>(old: &'a Dense<V>, new: &'a Dense<V>) -> impl Iterator<Item = (u32, V)> + 'a {
+    new.iter().filter(|(id, value)| old.get(id) != Some(value)).map(|(id, value)| (id, *value))
+}
+
+/// Bits that one array lacks of another.
+fn unset<'a>(of: &'a BitSet, wanted: &'a BitSet) -> impl Iterator<Item = u32> + 'a {
+    wanted.iter().filter(|bit| !of.contains(bit))
 }
 
 /// Keys that are there no more.

@@ -29,11 +29,11 @@ impl Image {
                 state.source_ranges.get_or_insert_with(*key, || ());
             }
         }
-        for bit in &image.memory.frontend_bits {
-            image.frontend_bits.found(*bit, now);
+        for bit in image.memory.frontend_bits.iter() {
+            image.frontend_bits.found(bit, now);
         }
-        for bit in &image.memory.endpoint_bits {
-            image.endpoint_bits.found(*bit, now);
+        for bit in image.memory.endpoint_bits.iter() {
+            image.endpoint_bits.found(bit, now);
         }
         let memory = &image.memory;
         let mentioned = memory.frontends.values().map(|frontend| frontend.service);
@@ -47,21 +47,21 @@ impl Image {
     /// Service ports by id; of two ids with one name, the first.
     fn named_ports(&self) -> BTreeMap<u32, (PortName, PortState)> {
         let mut names = BTreeSet::new();
-        let decoded = self.memory.services.iter().filter(|(id, _)| **id != 0);
-        let decoded = decoded.filter_map(|(id, bytes)| Some((*id, name::decode(bytes)?)));
+        let decoded = self.memory.services.iter().filter(|(id, _)| *id != 0);
+        let decoded = decoded.filter_map(|(id, bytes)| Some((id, name::decode(bytes)?)));
         let first = decoded.filter(|(_, name)| names.insert(name.clone()));
         first.map(|(id, name)| (id, (name, PortState { id, ..PortState::default() }))).collect()
     }
 
     fn restore_endpoints(&mut self, ports: &mut BTreeMap<u32, (PortName, PortState)>) {
-        for (id, endpoint) in &self.memory.endpoints {
+        for (id, endpoint) in self.memory.endpoints.iter() {
             if endpoint.flags == 0 {
-                self.endpoint_ids.put(*id);
+                self.endpoint_ids.put(id);
                 continue;
             }
             self.endpoint_bits.add(bit_index(&endpoint.addr, endpoint.port));
-            if let Some((_, state)) = ports.get_mut(&endpoint.service).filter(|_| *id != 0) {
-                state.endpoints.get_or_insert_with((endpoint.addr, endpoint.port), || *id);
+            if let Some((_, state)) = ports.get_mut(&endpoint.service).filter(|_| id != 0) {
+                state.endpoints.get_or_insert_with((endpoint.addr, endpoint.port), || id);
             }
         }
     }
@@ -112,10 +112,10 @@ impl Image {
             put(&mut self.memory, &mut writes.removed, Write::RemoveSourceRange(key));
         }
         let endpoints: BTreeSet<u32> = self.ports.values().flat_map(|state| state.endpoints.values()).collect();
-        for id in self.memory.endpoints.keys().filter(|id| !endpoints.contains(id)).copied().collect::<Vec<_>>() {
+        for id in self.memory.endpoints.keys().filter(|id| !endpoints.contains(id)).collect::<Vec<_>>() {
             self.remove_endpoint(id, now, writes);
         }
-        for id in self.memory.services.keys().filter(|id| !ids.contains(id)).copied().collect::<Vec<_>>() {
+        for id in self.memory.services.keys().filter(|id| !ids.contains(id)).collect::<Vec<_>>() {
             put(&mut self.memory, &mut writes.removed, Write::RemoveService(id));
             self.service_ids.rest(id, now);
         }

@@ -16,7 +16,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::{
     model::{ObjectName, object::Protocol},
-    plan::{Eligible, PlannedEndpoint, PlannedFrontend, Planner, ServicePlan},
+    plan::{Book, Eligible, PlannedEndpoint, PlannedFrontend, ServicePlan},
 };
 
 const NODE: [u8; 4] = [192, 168, 0, 2];
@@ -191,7 +191,7 @@ fn assert_clients_stay_where_they_may_go(memory: &Memory) {
             let affinity = Affinity { endpoint_id: *id, generation: endpoint.generation, seen: 0 };
             affinity.holds(endpoint, &forward.wanted(), 0)
         };
-        let staying = memory.endpoints.iter().filter(|(id, endpoint)| stays(id, endpoint)).map(|(id, _)| *id).collect();
+        let staying = memory.endpoints.iter().filter(|(id, endpoint)| stays(id, endpoint)).map(|(id, _)| id).collect();
         let expected = if forward.affinity == 0 { BTreeSet::new() } else { chosen };
         assert_eq!(expected, staying, "{question:?}");
     }
@@ -212,21 +212,14 @@ fn admitted(memory: &Memory) -> Vec<(Question, bool)> {
 }
 
 /// An image built at once from what a planner says now.
-fn scratch(planner: &Planner) -> Image {
+fn scratch(planner: &Book) -> Image {
     let mut image = Image::default();
-    image.apply(&everything(planner), 0);
+    image.apply(&planner.everything(), 0);
     image
 }
 
-fn everything(planner: &Planner) -> Step {
-    Step {
-        ports: planner.ports().map(|name| (name.clone(), planner.port(name))).collect(),
-        any_port: planner.any_port().map(|addr| (*addr, true)).collect(),
-    }
-}
-
-fn sweep(image: &mut Image, planner: &Planner, now: u64) -> Vec<Write> {
-    image.sweep(&planner.ports().cloned().collect(), &planner.any_port().copied().collect(), now)
+fn sweep(image: &mut Image, planner: &Book, now: u64) -> Vec<Write> {
+    image.sweep(&planner.planner.ports().cloned().collect(), &planner.planner.any_port().copied().collect(), now)
 }
 
 /// A change of the generator: a Service, what becomes of it, and the seconds that pass before.
@@ -236,7 +229,7 @@ fn changes(max: usize) -> impl Strategy<Value = Vec<Change>> {
     prop::collection::vec((0..4_u8, prop::option::weighted(0.8, sketch()), 0..3_u64), 1..max)
 }
 
-fn update(planner: &mut Planner, service: u8, sketch: Option<&Sketch>) -> Step {
+fn update(planner: &mut Book, service: u8, sketch: Option<&Sketch>) -> Step {
     // Services 2 and 3 are of one age.
     let age = ["2024", "2022", "2023", "2023"][usize::from(service)];
     planner.update(&name(service, "").service, sketch.map(|sketch| plan(service, sketch)), Some(age))
@@ -247,7 +240,7 @@ proptest! {
 
     #[test]
     fn every_write_leaves_the_old_set_or_the_new_one(changes in changes(12)) {
-        let (mut planner, mut image, mut kernel, mut now) = (Planner::default(), Image::default(), Memory::default(), 0);
+        let (mut planner, mut image, mut kernel, mut now) = (Book::default(), Image::default(), Memory::default(), 0);
         for (service, sketch, pause) in changes {
             now += pause;
             let (old, old_admitted) = (view(&kernel), admitted(&kernel));
@@ -265,20 +258,20 @@ proptest! {
             prop_assert_eq!(&kernel, image.memory(), "the writes are the whole change");
             assert_clients_stay_where_they_may_go(&kernel);
             prop_assert_eq!(&new, &view(scratch(&planner).memory()), "the way there leaves no trace");
-            prop_assert_eq!(image.apply(&everything(&planner), now), []);
+            prop_assert_eq!(image.apply(&planner.everything(), now), []);
             prop_assert!(image.required().slots <= 8 * scratch(&planner).required().slots + 256);
         }
     }
 
     #[test]
     fn a_restart_writes_nothing_and_goes_on_from_there(changes in changes(12)) {
-        let (mut planner, mut image, mut now) = (Planner::default(), Image::default(), 0);
+        let (mut planner, mut image, mut now) = (Book::default(), Image::default(), 0);
         for (service, sketch, pause) in changes {
             now += pause;
             image = Image::restore(image.memory().clone(), now);
-            prop_assert_eq!(image.apply(&everything(&planner), now), []);
+            prop_assert_eq!(image.apply(&planner.everything(), now), []);
             prop_assert_eq!(sweep(&mut image, &planner, now), []);
-            let ids: Vec<_> = planner.ports().map(|name| (name.clone(), image.service_id(name))).collect();
+            let ids: Vec<_> = planner.planner.ports().map(|name| (name.clone(), image.service_id(name))).collect();
             let before = view(image.memory());
             let mut kernel = image.memory().clone();
             let writes = image.apply(&update(&mut planner, service, sketch.as_ref()), now);
@@ -297,7 +290,7 @@ proptest! {
 
     #[test]
     fn an_interrupted_change_is_finished_after_a_restart(changes in changes(8), done in 0.0..1.0) {
-        let (mut planner, mut image, mut now) = (Planner::default(), Image::default(), 0);
+        let (mut planner, mut image, mut now) = (Book::default(), Image::default(), 0);
         for (service, sketch, pause) in changes {
             now += pause;
             let mut kernel = image.memory().clone();
@@ -305,7 +298,7 @@ proptest! {
             let old = view(&kernel);
             writes.iter().take((writes.len() as f64 * done) as usize).for_each(|write| write.apply(&mut kernel));
             image = Image::restore(kernel.clone(), now);
-            let mut writes = image.apply(&everything(&planner), now);
+            let mut writes = image.apply(&planner.everything(), now);
             writes.extend(sweep(&mut image, &planner, now));
             let new = view(&scratch(&planner).memory);
             for write in &writes {
@@ -322,19 +315,19 @@ proptest! {
 
     #[test]
     fn a_restart_that_lists_no_writes_finds_them_by_comparing(changes in changes(8), missed in changes(4), done in 0.0..1.0) {
-        let (mut planner, mut image) = (Planner::default(), Image::default());
+        let (mut planner, mut image) = (Book::default(), Image::default());
         for (service, sketch, _) in changes {
             image.apply(&update(&mut planner, service, sketch.as_ref()), 0);
         }
         let mut kernel = image.memory().clone();
         let old = view(&kernel);
         let mut image = Image::restore(kernel.clone(), 10);
-        let mut planner = Planner::default();
+        let mut planner = Book::default();
         for (service, sketch, _) in missed {
             update(&mut planner, service, sketch.as_ref());
         }
         image.set_silent(true);
-        prop_assert_eq!(image.apply(&everything(&planner), 10), []);
+        prop_assert_eq!(image.apply(&planner.everything(), 10), []);
         prop_assert_eq!(sweep(&mut image, &planner, 10), []);
         let writes: Vec<Write> = difference(&kernel, image.memory()).collect();
         let new = view(image.memory());
@@ -349,12 +342,12 @@ proptest! {
         prop_assert_eq!(&kernel, image.memory());
         prop_assert_eq!(difference(&kernel, image.memory()).next(), None);
         image.set_silent(false);
-        prop_assert_eq!(image.apply(&everything(&planner), 10), []);
+        prop_assert_eq!(image.apply(&planner.everything(), 10), []);
     }
 
     #[test]
     fn damaged_tables_are_mended(changes in changes(6), damage in prop::collection::vec((0..7_u8, any::<u32>(), any::<u32>()), 1..12)) {
-        let (mut planner, mut image) = (Planner::default(), Image::default());
+        let (mut planner, mut image) = (Book::default(), Image::default());
         for (service, sketch, _) in changes {
             image.apply(&update(&mut planner, service, sketch.as_ref()), 0);
         }
@@ -366,7 +359,10 @@ proptest! {
                 0 => _ = memory.slots.insert(place % 64, small),
                 1 => _ = memory.services.remove(&(place % 8)),
                 2 => _ = memory.services.insert(place % 8, [value as u8; 200]),
-                3 => if let Some(bit) = memory.frontend_bits.iter().nth(at % 8).copied() { memory.frontend_bits.remove(&bit); },
+                3 => {
+                    let bit = memory.frontend_bits.iter().nth(at % 8);
+                    bit.map(|bit| memory.frontend_bits.remove(&bit));
+                }
                 4 => if let Some((_, endpoint)) = memory.endpoints.iter_mut().nth(at % 8) {
                     *endpoint = Endpoint { service: small, flags: value as u16, ..*endpoint };
                 },
@@ -377,7 +373,7 @@ proptest! {
             }
         }
         let mut image = Image::restore(memory, 0);
-        image.apply(&everything(&planner), 0);
+        image.apply(&planner.everything(), 0);
         sweep(&mut image, &planner, 0);
         let mended = scratch(&planner);
         prop_assert_eq!(view(image.memory()), view(mended.memory()));
@@ -440,7 +436,7 @@ fn an_id_that_is_used_again_has_another_generation_and_is_left_alone_for_a_while
         let plan = plan_port(0, "http", 80, &web(octets));
         image.set_port(&plan.name, Some(&plan), now);
         let serving = image.memory().endpoints.iter().filter(|(_, endpoint)| endpoint.flags != 0);
-        serving.map(|(id, endpoint)| (*id, endpoint.generation)).collect::<Vec<_>>()
+        serving.map(|(id, endpoint)| (id, endpoint.generation)).collect::<Vec<_>>()
     };
     assert_eq!(ids(&[1, 2], 0), [(1, 0), (2, 0)]);
     assert_eq!(ids(&[2], 10), [(2, 0)]);
@@ -462,12 +458,12 @@ fn a_bit_stays_while_a_flow_may_name_what_is_gone() {
 
 #[test]
 fn what_is_in_no_plan_is_swept_away() {
-    let (mut planner, mut image) = (Planner::default(), Image::default());
+    let (mut planner, mut image) = (Book::default(), Image::default());
     for service in 0..4 {
         image.apply(&update(&mut planner, service, Some(&web(&[service + 1]))), 0);
     }
     let mut image = Image::restore(image.memory().clone(), 0);
-    let mut kept = Planner::default();
+    let mut kept = Book::default();
     assert_eq!(image.apply(&update(&mut kept, 2, Some(&web(&[3]))), 0), []);
     assert_ne!(sweep(&mut image, &kept, 0), []);
     assert_eq!(view(image.memory()), view(scratch(&kept).memory()));

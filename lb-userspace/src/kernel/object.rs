@@ -199,13 +199,13 @@ impl Capacity {
     /// What the content needs.
     pub fn of(memory: &Memory) -> Self {
         let count = |len: usize| u32::try_from(len).unwrap_or(u32::MAX);
-        let last = |key: Option<&u32>| key.map_or(0, |key| key.saturating_add(1));
+        let last = |key: Option<u32>| key.map_or(0, |key| key.saturating_add(1));
         Self(BTreeMap::from([
             (Table::Frontends, count(memory.frontends.len())),
-            (Table::Slots, last(memory.slots.last_key_value().map(|(key, _)| key))),
-            (Table::Endpoints, last(memory.endpoints.last_key_value().map(|(key, _)| key))),
+            (Table::Slots, last(memory.slots.last_key())),
+            (Table::Endpoints, last(memory.endpoints.last_key())),
             (Table::Services, count(memory.services.len())),
-            (Table::ServiceCounters, last(memory.services.last_key_value().map(|(key, _)| key))),
+            (Table::ServiceCounters, last(memory.services.last_key())),
             (Table::SourceRanges, count(memory.source_ranges.len())),
             (Table::LocalCidrs, count(memory.local_cidrs.len())),
             (Table::ServiceCidrs, count(memory.service_cidrs.len())),
@@ -610,7 +610,7 @@ mod tests {
 
     #[test]
     fn arrays_need_their_last_index() {
-        let memory = Memory { slots: BTreeMap::from([(70_000, 1)]), ..Memory::default() };
+        let memory = Memory { slots: [(70_000, 1)].into(), ..Memory::default() };
         assert_eq!(Capacity::of(&memory).needs(Table::Slots), 70_001);
     }
 }

@@ -13,7 +13,7 @@ use lb_common::{
     count::ServiceCounters,
     flow::{Flow, FlowKey},
     layout::ServiceName,
-    memory::Memory,
+    memory::{Dense, Memory},
 };
 
 use super::{
@@ -82,7 +82,7 @@ impl Pinned {
     }
 
     /// Names of Service ports by id.
-    pub fn services(&self) -> Result<BTreeMap<u32, ServiceName>> {
+    pub fn services(&self) -> Result<Dense<ServiceName>> {
         self.store.services()
     }
 

@@ -9,7 +9,7 @@ use anyhow::{Context as _, Result};
 use lb_common::{
     addr::Addr,
     layout::{Device, Frontend, FrontendKey, NodeAddress, PrefixKey, ServiceName},
-    memory::Memory,
+    memory::{Dense, Memory},
 };
 
 use super::{
@@ -50,6 +50,9 @@ pub enum Stopped {
     Failed(anyhow::Error),
 }
 
+/// So many bytes of keys and values are enough for one call: the agent's memory should not double while it writes a first list.
+const MOST: usize = 512 * 1024;
+
 /// Neighbouring changes of one kind to one table.
 struct Run {
     table: Table,
@@ -58,6 +61,12 @@ struct Run {
     removes: bool,
     keys: Vec<u8>,
     values: Vec<u8>,
+}
+
+impl Run {
+    const fn is_full(&self) -> bool {
+        self.keys.len() + self.values.len() >= MOST
+    }
 }
 
 fn put<K: aya::Pod, V: aya::Pod>(run: &mut Run, key: &K, value: &V) {
@@ -140,7 +149,7 @@ impl Store {
         for (index, write) in writes.into_iter().enumerate() {
             let write = write.borrow();
             let (table, removes) = place(write);
-            if let Some(done) = run.take_if(|run| (run.table, run.removes) != (table, removes)) {
+            if let Some(done) = run.take_if(|run| (run.table, run.removes) != (table, removes) || run.is_full()) {
                 self.flush(&done)?;
             }
             let run =
@@ -244,8 +253,8 @@ impl Store {
     }
 
     /// Names of Service ports by id.
-    pub fn services(&self) -> Result<BTreeMap<u32, ServiceName>> {
-        let mut services = BTreeMap::new();
+    pub fn services(&self) -> Result<Dense<ServiceName>> {
+        let mut services = Dense::default();
         self.each(Table::Services, |id: u32, name: ServiceName| services.extend([(id, name)]))?;
         Ok(services)
     }
@@ -342,9 +351,9 @@ pub fn capacity(writes: &[Write]) -> Capacity {
 pub fn fill(memory: &Memory, table: Table) -> Vec<Write> {
     match table {
         Table::Frontends => memory.frontends.iter().map(|(key, value)| Write::Frontend(*key, *value)).collect(),
-        Table::Slots => memory.slots.iter().map(|(slot, id)| Write::Slots(*slot, vec![*id])).collect(),
-        Table::Endpoints => memory.endpoints.iter().map(|(id, value)| Write::Endpoint(*id, *value)).collect(),
-        Table::Services => memory.services.iter().map(|(id, name)| Write::Service(*id, Box::new(*name))).collect(),
+        Table::Slots => memory.slots.iter().map(|(slot, id)| Write::Slots(slot, vec![*id])).collect(),
+        Table::Endpoints => memory.endpoints.iter().map(|(id, value)| Write::Endpoint(id, *value)).collect(),
+        Table::Services => memory.services.iter().map(|(id, name)| Write::Service(id, Box::new(*name))).collect(),
         Table::SourceRanges => memory.source_ranges.iter().map(|prefix| Write::SourceRange(*prefix)).collect(),
         Table::LocalCidrs => memory.local_cidrs.iter().map(|prefix| Write::LocalCidr(*prefix)).collect(),
         Table::ServiceCidrs => memory.service_cidrs.iter().map(|prefix| Write::ServiceCidr(*prefix)).collect(),
@@ -353,8 +362,8 @@ pub fn fill(memory: &Memory, table: Table) -> Vec<Write> {
         }
         Table::Devices => memory.devices.iter().map(|(ifindex, value)| Write::Device(*ifindex, *value)).collect(),
         Table::Settings => vec![Write::Settings(memory.settings)],
-        Table::FrontendBits => memory.frontend_bits.iter().map(|bit| Write::FrontendBit(*bit)).collect(),
-        Table::EndpointBits => memory.endpoint_bits.iter().map(|bit| Write::EndpointBit(*bit)).collect(),
+        Table::FrontendBits => memory.frontend_bits.iter().map(Write::FrontendBit).collect(),
+        Table::EndpointBits => memory.endpoint_bits.iter().map(Write::EndpointBit).collect(),
         // What is in them is no memory of the agent's: `counters` copies it.
         Table::ServiceCounters => Vec::new(),
     }

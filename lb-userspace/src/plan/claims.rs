@@ -14,52 +14,93 @@ use lb_common::{addr::Addr, layout::FrontendKey};
 use super::{PlannedFrontend, PortName, PortPlan, Problem, ServicePlan};
 use crate::model::{ObjectName, object::Protocol};
 
-/// Age and name of a port: the smallest claim of a frontend wins. Objects without a time (manifests) count as oldest.
-type Claim = (Option<Arc<str>>, PortName);
+/// Age and name of a port: the smallest claim of a frontend wins. Objects without a time (manifests) count as oldest. All
+/// frontends of a port share one.
+type Claim = Arc<(Option<Box<str>>, PortName)>;
 
-/// A sorted set that nearly always has one element, of which there is one for every frontend: a tree would be ten times as
-/// large.
-#[derive(Debug)]
-struct Few<T>(Vec<T>);
-
-impl<T> Default for Few<T> {
-    fn default() -> Self {
-        Self(Vec::with_capacity(1))
-    }
+/// A sorted set that nearly always has one element, of which there is one for every frontend: it has no memory of its own.
+#[derive(Debug, Default)]
+enum Few<T> {
+    #[default]
+    None,
+    One(T),
+    More(Vec<T>),
 }
 
 impl<T: Ord> Few<T> {
+    fn as_slice(&self) -> &[T] {
+        match self {
+            Self::None => &[],
+            Self::One(element) => std::slice::from_ref(element),
+            Self::More(elements) => elements,
+        }
+    }
+
     fn first(&self) -> Option<&T> {
-        self.0.first()
+        self.as_slice().first()
     }
 
     fn insert(&mut self, element: T) {
-        if let Err(place) = self.0.binary_search(&element) {
-            self.0.insert(place, element);
-        }
+        let Err(place) = self.as_slice().binary_search(&element) else { return };
+        let mut elements = self.take();
+        elements.insert(place, element);
+        self.put(elements);
     }
 
     fn remove(&mut self, element: &T) {
-        if let Ok(place) = self.0.binary_search(element) {
-            self.0.remove(place);
+        let Ok(place) = self.as_slice().binary_search(element) else { return };
+        let mut elements = self.take();
+        elements.remove(place);
+        self.put(elements);
+    }
+
+    fn take(&mut self) -> Vec<T> {
+        match std::mem::take(self) {
+            Self::None => Vec::new(),
+            Self::One(element) => vec![element],
+            Self::More(elements) => elements,
         }
+    }
+
+    fn put(&mut self, mut elements: Vec<T>) {
+        *self = match (elements.pop(), elements.is_empty()) {
+            (None, _) => Self::None,
+            (Some(element), true) => Self::One(element),
+            (Some(element), false) => {
+                elements.push(element);
+                Self::More(elements)
+            }
+        };
     }
 }
 
-/// The Services' plans, with each frontend given to one of them.
+/// Who claims which frontend. The plans themselves are made anew when they are needed: they would take more memory than
+/// everything else here.
 #[derive(Debug, Default)]
 pub struct Planner {
-    services: BTreeMap<ObjectName, Entry>,
-    ports: BTreeMap<PortName, Arc<PortPlan>>,
+    services: BTreeMap<ObjectName, Claims>,
     claims: BTreeMap<FrontendKey, Few<Claim>>,
     any_port: BTreeMap<Addr, Few<ObjectName>>,
 }
 
+/// What a Service claims.
+#[derive(Debug, Default)]
+struct Claims {
+    ports: Box<[Claimed]>,
+    any_port: Box<[Addr]>,
+}
+
+/// What a port claims.
 #[derive(Debug)]
-struct Entry {
-    age: Option<Arc<str>>,
-    ports: Vec<PortName>,
-    any_port: Vec<Addr>,
+struct Claimed {
+    claim: Claim,
+    frontends: Box<[FrontendKey]>,
+}
+
+impl Claimed {
+    fn name(&self) -> &PortName {
+        &self.claim.1
+    }
 }
 
 /// What a change to one Service changes.
@@ -112,63 +153,71 @@ impl Conflict {
 }
 
 impl Planner {
-    /// Takes the new plan of a Service, or its absence. `age` is its creation time.
-    pub fn update(&mut self, service: &ObjectName, plan: Option<ServicePlan>, age: Option<&str>) -> Step {
+    /// Takes the new plan of a Service, or its absence. `age` is its creation time; `plan_of` gives the plans of those that it
+    /// takes frontends from, or leaves some to.
+    pub fn update(
+        &mut self,
+        service: &ObjectName,
+        plan: Option<ServicePlan>,
+        age: Option<&str>,
+        plan_of: impl Fn(&ObjectName) -> Option<ServicePlan>,
+    ) -> Step {
         let mut touched: BTreeSet<PortName> = BTreeSet::new();
         let mut addrs: BTreeSet<Addr> = BTreeSet::new();
-        let before = self.services.remove(service);
-        let had: BTreeSet<Addr> = before.iter().flat_map(|entry| entry.any_port.iter().copied()).collect();
-        for name in before.iter().flat_map(|entry| &entry.ports) {
-            let age = before.as_ref().and_then(|entry| entry.age.clone());
-            if let Some(port) = self.ports.remove(name) {
-                self.withdraw(&(age, name.clone()), &port, &mut touched);
-            }
-            touched.insert(name.clone());
+        let before = self.services.remove(service).unwrap_or_default();
+        for port in before.ports {
+            self.withdraw(&port, &mut touched);
+            touched.insert(port.name().clone());
         }
-        for addr in &had {
-            if let Some(claimants) = self.any_port.get_mut(addr) {
+        for addr in before.any_port {
+            if let Some(claimants) = self.any_port.get_mut(&addr) {
                 claimants.remove(service);
             }
-            addrs.insert(*addr);
+            addrs.insert(addr);
         }
+        let mut plans = BTreeMap::new();
         if let Some(ServicePlan { ports, any_port, .. }) = plan {
-            let age: Option<Arc<str>> = age.map(Into::into);
-            let mut names = Vec::new();
-            for port in ports {
+            let mut claimed: Vec<Claimed> = Vec::with_capacity(ports.len());
+            for port in &ports {
                 // A second port of this name and protocol, which the API server doesn't allow.
-                if self.ports.contains_key(&port.name) {
+                if claimed.iter().any(|other| *other.name() == port.name) {
                     continue;
                 }
-                self.claim(&(age.clone(), port.name.clone()), &port, &mut touched);
-                names.push(port.name.clone());
-                touched.insert(port.name.clone());
-                self.ports.insert(port.name.clone(), Arc::new(port));
+                let claim = Arc::new((age.map(Into::into), port.name.clone()));
+                let port = Claimed { claim, frontends: port.frontends.iter().map(|frontend| frontend.key).collect() };
+                self.claim(&port, &mut touched);
+                touched.insert(port.name().clone());
+                claimed.push(port);
             }
             for addr in &any_port {
                 self.any_port.entry(*addr).or_default().insert(service.clone());
                 addrs.insert(*addr);
             }
-            self.services.insert(service.clone(), Entry { age, ports: names, any_port });
+            self.services.insert(service.clone(), Claims { ports: claimed.into(), any_port: any_port.into() });
+            plans.insert(service.clone(), ports);
         }
-        self.step(touched, addrs)
+        let mut planned = |name: PortName| {
+            let made = || plan_of(&name.service).map(|plan| plan.ports).unwrap_or_default();
+            let ports = plans.entry(name.service.clone()).or_insert_with(made);
+            let port = ports.iter().position(|port| port.name == name).map(|place| ports.remove(place));
+            (name, port.map(|port| Arc::new(self.granted(port))))
+        };
+        let ports = touched.into_iter().map(&mut planned).collect();
+        Step { ports, any_port: self.refused(addrs) }
     }
 
-    /// What a port does now.
-    #[must_use]
-    pub fn port(&self, name: &PortName) -> Option<Arc<PortPlan>> {
-        let mut port = self.ports.get(name)?.clone();
+    /// A port's plan without the frontends that others have.
+    fn granted(&self, mut port: PortPlan) -> PortPlan {
         let won = |frontend: &PlannedFrontend| {
-            self.claims.get(&frontend.key).and_then(Few::first).is_some_and(|(_, winner)| winner == name)
+            self.claims.get(&frontend.key).and_then(Few::first).is_some_and(|claim| claim.1 == port.name)
         };
-        if !port.frontends.iter().all(won) {
-            Arc::make_mut(&mut port).frontends.retain(won);
-        }
-        Some(port)
+        port.frontends.retain(won);
+        port
     }
 
     /// Every port there is.
     pub fn ports(&self) -> impl Iterator<Item = &PortName> {
-        self.ports.keys()
+        self.services.values().flat_map(|entry| entry.ports.iter().map(Claimed::name))
     }
 
     /// Every address of which other ports are refused.
@@ -180,11 +229,9 @@ impl Planner {
     #[must_use]
     pub fn conflicts_of(&self, service: &ObjectName) -> Vec<Conflict> {
         let ports = self.services.get(service).into_iter().flat_map(|entry| &entry.ports);
-        let claims = ports
-            .filter_map(|name| self.ports.get(name))
-            .flat_map(|port| port.frontends.iter().map(move |frontend| (&port.name, frontend.key)));
+        let claims = ports.flat_map(|port| port.frontends.iter().map(move |key| (port.name(), *key)));
         let lost = claims.filter_map(|(loser, key)| {
-            let (_, winner) = self.claims.get(&key)?.first()?;
+            let winner = &self.claims.get(&key)?.first()?.1;
             (winner != loser).then(|| Conflict { key, winner: winner.clone(), loser: loser.clone() })
         });
         lost.collect()
@@ -194,48 +241,75 @@ impl Planner {
     pub fn conflicts(&self) -> impl Iterator<Item = Conflict> {
         self.claims.iter().flat_map(|(key, claims)| {
             let winner = claims.first();
-            let lost = claims.0.iter().skip(1);
-            lost.zip(winner.into_iter().cycle()).map(|((_, loser), (_, winner))| Conflict {
+            let lost = claims.as_slice().iter().skip(1);
+            lost.zip(winner.into_iter().cycle()).map(|(loser, winner)| Conflict {
                 key: *key,
-                winner: winner.clone(),
-                loser: loser.clone(),
+                winner: winner.1.clone(),
+                loser: loser.1.clone(),
             })
         })
     }
 
-    fn claim(&mut self, claim: &Claim, port: &PortPlan, touched: &mut BTreeSet<PortName>) {
-        for frontend in &port.frontends {
-            let claims = self.claims.entry(frontend.key).or_default();
-            let before = claims.first().map(|(_, name)| name.clone());
-            claims.insert(claim.clone());
-            if claims.first() == Some(claim) {
+    fn claim(&mut self, port: &Claimed, touched: &mut BTreeSet<PortName>) {
+        for key in &port.frontends {
+            let claims = self.claims.entry(*key).or_default();
+            let before = claims.first().map(|claim| claim.1.clone());
+            claims.insert(port.claim.clone());
+            if claims.first() == Some(&port.claim) {
                 touched.extend(before);
             }
         }
     }
 
-    fn withdraw(&mut self, claim: &Claim, port: &PortPlan, touched: &mut BTreeSet<PortName>) {
-        for frontend in &port.frontends {
-            let Some(claims) = self.claims.get_mut(&frontend.key) else { continue };
-            let won = claims.first() == Some(claim);
-            claims.remove(claim);
+    fn withdraw(&mut self, port: &Claimed, touched: &mut BTreeSet<PortName>) {
+        for key in &port.frontends {
+            let Some(claims) = self.claims.get_mut(key) else { continue };
+            let won = claims.first() == Some(&port.claim);
+            claims.remove(&port.claim);
             match claims.first() {
-                Some((_, heir)) if won => _ = touched.insert(heir.clone()),
+                Some(heir) if won => _ = touched.insert(heir.1.clone()),
                 Some(_) => (),
-                None => _ = self.claims.remove(&frontend.key),
+                None => _ = self.claims.remove(key),
             }
         }
     }
 
-    fn step(&mut self, touched: BTreeSet<PortName>, addrs: BTreeSet<Addr>) -> Step {
+    /// Whether these addresses refuse other ports now.
+    fn refused(&mut self, addrs: BTreeSet<Addr>) -> BTreeMap<Addr, bool> {
         for addr in &addrs {
-            if self.any_port.get(addr).is_some_and(|claimants| claimants.0.is_empty()) {
+            if self.any_port.get(addr).is_some_and(|claimants| claimants.first().is_none()) {
                 self.any_port.remove(addr);
             }
         }
-        let any_port = addrs.into_iter().map(|addr| (addr, self.any_port.contains_key(&addr))).collect();
-        let ports = touched.into_iter().map(|name| (name.clone(), self.port(&name))).collect();
-        Step { ports, any_port }
+        addrs.into_iter().map(|addr| (addr, self.any_port.contains_key(&addr))).collect()
+    }
+}
+
+/// A planner with the plans of its Services, for tests.
+#[cfg(test)]
+#[derive(Debug, Default)]
+pub(crate) struct Book {
+    pub(crate) planner: Planner,
+    plans: BTreeMap<ObjectName, ServicePlan>,
+}
+
+#[cfg(test)]
+impl Book {
+    pub(crate) fn update(&mut self, service: &ObjectName, plan: Option<ServicePlan>, age: Option<&str>) -> Step {
+        match plan.clone() {
+            Some(plan) => _ = self.plans.insert(service.clone(), plan),
+            None => _ = self.plans.remove(service),
+        }
+        self.planner.update(service, plan, age, |other| self.plans.get(other).cloned())
+    }
+
+    /// What all ports do now.
+    pub(crate) fn everything(&self) -> Step {
+        let ports = self.plans.values().flat_map(|plan| plan.ports.iter().cloned());
+        Step {
+            ports: ports.map(|port| (port.name.clone(), Some(Arc::new(self.planner.granted(port))))).collect(),
+            any_port: self.planner.any_port().map(|addr| (*addr, true)).collect(),
+        }
     }
 }
 
@@ -281,7 +355,7 @@ mod tests {
 
     #[test]
     fn the_oldest_wins_and_the_next_takes_over() {
-        let mut planner = Planner::default();
+        let mut planner = Book::default();
         let mut update = |name, ports: Option<&[u16]>, age| {
             let (service, plan) = plan(name, ports.unwrap_or_default());
             text(&planner.update(&service, plan.filter(|_| ports.is_some()), Some(age)))
@@ -297,19 +371,19 @@ mod tests {
 
     #[test]
     fn losers_are_named() {
-        let mut planner = Planner::default();
+        let mut planner = Book::default();
         for (name, age) in [("a", "2026"), ("b", "2025")] {
             let (service, plan) = plan(name, &[SHARED]);
             planner.update(&service, plan, Some(age));
         }
-        let [conflict] = &planner.conflicts_of(&ObjectName::new("ns", "a"))[..] else { panic!() };
+        let [conflict] = &planner.planner.conflicts_of(&ObjectName::new("ns", "a"))[..] else { panic!() };
         assert_eq!(
             conflict.problem().to_string(),
             "Service ns/a: spec.ports: nodePort 80/TCP belongs to Service ns/b, which is older; \
              give one of them another address or port"
         );
-        assert!(planner.conflicts().eq([conflict.clone()]));
-        assert_eq!(planner.conflicts_of(&ObjectName::new("ns", "b")), []);
+        assert!(planner.planner.conflicts().eq([conflict.clone()]));
+        assert_eq!(planner.planner.conflicts_of(&ObjectName::new("ns", "b")), []);
     }
 
     proptest! {
@@ -317,7 +391,7 @@ mod tests {
         fn steps_add_up_to_what_each_frontend_s_oldest_claim_says(
             changes in prop::collection::vec((0..4_usize, prop::option::of(prop::collection::btree_set(80..86_u16, 0..4))), 1..40)
         ) {
-            let (mut planner, mut followed, mut there) = (Planner::default(), Step::default(), BTreeMap::new());
+            let (mut planner, mut followed, mut there) = (Book::default(), Step::default(), BTreeMap::new());
             let names = [("2026", "a"), ("2024", "b"), ("2025", "c"), ("2025", "d")];
             for (which, ports) in changes {
                 let (age, name) = names[which];
@@ -345,7 +419,7 @@ mod tests {
 
     #[test]
     fn other_ports_are_refused_while_anyone_has_the_address() {
-        let mut planner = Planner::default();
+        let mut planner = Book::default();
         let mut update = |name, there| {
             let (service, plan) = plan(name, &[]);
             planner.update(&service, plan.filter(|_| there), None).any_port[&Addr::UNSPECIFIED_V6]

@@ -40,9 +40,9 @@ impl Content {
     /// The content of tables; panics where they are not consistent in themselves.
     pub fn of(memory: &Memory) -> Self {
         let name = |id: &u32| service_name(&memory.services[id]).unwrap().to_owned();
-        let live = memory.endpoints.values().filter(|endpoint| endpoint.flags != 0);
+        let live = || memory.endpoints.values().filter(|endpoint| endpoint.flags != 0);
         let socket = |addr: Addr, port: u16| SocketAddr::new(IpAddr::from(addr), port);
-        for endpoint in live.clone() {
+        for endpoint in live() {
             assert!(
                 memory.endpoint_bits.contains(&bit_index(&endpoint.addr, endpoint.port)),
                 "{endpoint:?} has no bit"
@@ -67,8 +67,8 @@ impl Content {
         };
         Self {
             frontends: memory.frontends.iter().map(frontend).collect(),
-            endpoints: live.map(|it| (name(&it.service), socket(it.addr, it.port.number()), it.flags)).collect(),
-            services: memory.services.keys().map(name).collect(),
+            endpoints: live().map(|it| (name(&it.service), socket(it.addr, it.port.number()), it.flags)).collect(),
+            services: memory.services.keys().map(|id| name(&id)).collect(),
             source_ranges: memory.source_ranges.iter().map(|it| (name(&it.service), it.prefix_len, it.addr)).collect(),
             local_cidrs: memory.local_cidrs.iter().copied().collect(),
             service_cidrs: memory.service_cidrs.iter().copied().collect(),

@@ -69,12 +69,17 @@ pub fn leftovers() -> Vec<(String, PathBuf)> {
     for hierarchy in old_hierarchies().into_iter().chain(cgroup::mount_point()) {
         for entry in fs::read_dir(&hierarchy).into_iter().flatten().flatten() {
             let name = entry.file_name().to_string_lossy().into_owned();
-            let Some(rest) = name.strip_prefix(PREFIX) else { continue };
-            let id: Vec<&str> = rest.splitn(3, '-').take(2).collect();
-            found.push((id.join("-"), entry.path()));
+            found.extend(lab_id(&name).map(|id| (id, entry.path())));
         }
     }
     found
+}
+
+/// `<pid>-<n>` of `fairlead-kubelet-<pid>-<n>-<node>`.
+fn lab_id(name: &str) -> Option<String> {
+    let mut parts = name.strip_prefix(PREFIX)?.split('-');
+    let (pid, n, _node) = (parts.next()?, parts.next()?, parts.next()?);
+    Some(format!("{pid}-{n}"))
 }
 
 /// Removes a cgroup and all below it.
@@ -100,4 +105,17 @@ fn old_hierarchies() -> Vec<PathBuf> {
         left.split(' ').nth(4).map(PathBuf::from)
     });
     mounted.collect()
+}
+
+#[cfg(test)]
+mod unit {
+    use super::lab_id;
+
+    #[test]
+    fn a_cgroup_tells_the_lab_of_its_kubelet() {
+        assert_eq!(lab_id("fairlead-kubelet-12-3-node1"), Some("12-3".to_owned()));
+        for other in ["fairlead-lab-12", "fairlead-kubelet-12-3", "kubelet-12-3-node1"] {
+            assert_eq!(lab_id(other), None, "{other}");
+        }
+    }
 }

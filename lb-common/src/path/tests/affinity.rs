@@ -142,9 +142,9 @@ fn a_client_outside_stays_only_with_endpoints_of_this_node_under_policy_local() 
         add_service(&mut machine, 1, V4.service(), &endpoints, frontend_flags::EXTERNAL_LOCAL);
         make_sticky(&mut machine, 100);
         let here = 103;
-        for (id, endpoint) in &mut machine.tables.endpoints {
+        for (id, endpoint) in machine.tables.endpoints.iter_mut() {
             endpoint.flags = endpoint_flags::SERVING | endpoint_flags::IN_CLUSTER;
-            if *id == here || local {
+            if id == here || local {
                 endpoint.flags |= endpoint_flags::IN_LOCAL;
             }
         }

@@ -5,7 +5,7 @@
 use std::collections::BTreeMap;
 
 use anyhow::Result;
-use lb_common::{count::ServiceCounters, layout::ServiceName};
+use lb_common::{count::ServiceCounters, layout::ServiceName, memory::Dense};
 use prometheus::IntCounterVec;
 
 use super::Maker;
@@ -44,13 +44,13 @@ impl Services {
     }
 
     /// Shows these counters, and no others.
-    pub(super) fn show(&self, names: &BTreeMap<u32, ServiceName>, counters: &BTreeMap<u32, ServiceCounters>) {
+    pub(super) fn show(&self, names: &Dense<ServiceName>, counters: &BTreeMap<u32, ServiceCounters>) {
         for metric in [&self.connections, &self.packets, &self.bytes] {
             metric.reset();
         }
-        for (id, name) in names {
+        for (id, name) in names.iter() {
             let Some(name) = port_name(name) else { continue };
-            let counters = counters.get(id).copied().unwrap_or_default();
+            let counters = counters.get(&id).copied().unwrap_or_default();
             let protocol = name.protocol.to_string();
             let labels = [&*name.service.namespace, &*name.service.name, &*name.port, protocol.as_str()];
             self.connections.with_label_values(&labels).inc_by(counters.connections);
@@ -82,7 +82,7 @@ mod tests {
             TextEncoder::new().encode(&maker.0.gather(), &mut text).unwrap();
             String::from_utf8(text).unwrap()
         };
-        let mut names = BTreeMap::new();
+        let mut names = Dense::default();
         for (id, name) in [(1, "default/web:http/TCP"), (2, "kube-system/dns:/UDP")] {
             let mut bytes = [0; lb_common::layout::SERVICE_NAME_LEN];
             bytes[..name.len()].copy_from_slice(name.as_bytes());
