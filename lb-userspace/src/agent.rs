@@ -47,7 +47,7 @@ use crate::{
         node_ports::Checks,
         troubles::Trouble,
     },
-    source::{Place, Problem, Source, Update},
+    source::{Place, Problem, Source, Update, api::Requests},
 };
 
 /// How often bits that no flow can name any more are looked for.
@@ -85,9 +85,10 @@ pub struct Options {
 pub async fn run(options: Options) -> Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
-    let mut source = Source::open(&options.source).await?;
+    let requests = Requests::new()?;
+    let mut source = Source::open(&options.source, &requests).await?;
     let mut watch = Watch::open()?;
-    let mut agent = Agent::open(&options)?;
+    let mut agent = Agent::open(&options, requests)?;
     let mut door = Door::open(&options.kernel.bpffs)?;
     loop {
         tokio::select! {
@@ -126,6 +127,8 @@ struct Agent {
     begun: bool,
     /// Whether the tables in the kernel may differ from the image.
     failed: Option<String>,
+    /// Why they were said to differ last; said once for each cause until they don't.
+    said: Option<String>,
     attach_failed: Option<String>,
     sockets_failed: Option<String>,
     ports_failed: Option<String>,
@@ -153,9 +156,9 @@ struct Agent {
 }
 
 impl Agent {
-    fn open(options: &Options) -> Result<Self> {
+    fn open(options: &Options, requests: Requests) -> Result<Self> {
         let events = match &options.source {
-            Place::ApiServer(source) => Events::start(source.address.clone(), &options.node),
+            Place::ApiServer(source) => Events::start(source.address.clone(), requests.clone(), &options.node),
             Place::Manifests(_) => Events::default(),
         };
         let kernel = Kernel::open(options.kernel.clone())?;
@@ -172,6 +175,7 @@ impl Agent {
             "waiting for the first list"
         );
         let serve = Serve::start(options.serve.clone(), options.kernel.bpffs.clone(), events.clone())?;
+        serve.metrics().show(requests.collector())?;
         for message in options.conntrack.iter().flat_map(|conntrack| conntrack.apply(Path::new("/"))) {
             serve.report(&message, Trouble::of_node("FailedToSetConntrack", message.clone()));
         }
@@ -192,6 +196,7 @@ impl Agent {
             rows_of: None,
             begun: false,
             failed: None,
+            said: None,
             attach_failed: None,
             sockets_failed: None,
             ports_failed: None,
@@ -467,15 +472,22 @@ impl Agent {
         self.serve.metrics().set_written(self.kernel.statistics());
         if let Err(error) = result {
             self.serve.metrics().failed(families);
-            let text = format!("{error:#}");
-            error!(error = text, "the tables could not be written; trying again");
-            self.failed = Some(text);
-            self.report.ready = false;
-            self.alarm = TokioInstant::now() + RETRY;
+            self.fail(format!("{error:#}"), "the tables could not be written; trying again");
             return;
         }
         self.serve.health().updated(families, Moment::now());
         self.serve.metrics().synced(families, self.taken.unwrap_or(begin.counted).elapsed(), self.full);
+    }
+
+    /// The tables may differ from the image, until a try succeeds.
+    fn fail(&mut self, text: String, what: &str) {
+        if self.said.as_ref() != Some(&text) {
+            error!(error = text, "{what}");
+        }
+        self.said = Some(text.clone());
+        self.failed = Some(text);
+        self.report.ready = false;
+        self.alarm = TokioInstant::now() + RETRY;
     }
 
     fn end_sockets(&mut self) {
@@ -517,12 +529,12 @@ impl Agent {
                         self.serve.health().updated(&Family::ALL, Moment::now());
                         self.look = Some(TokioInstant::now());
                         self.report.ready = true;
+                        self.said = None;
                         info!("the tables are as they should be again");
                     }
                 }
                 Err(error) => {
-                    error!(error = format!("{error:#}"), "the tables can't be read; trying again");
-                    self.alarm = TokioInstant::now() + RETRY;
+                    self.fail(format!("{error:#}"), "the tables can't be read; trying again");
                 }
             }
         }

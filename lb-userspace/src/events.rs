@@ -10,7 +10,10 @@ use kube::runtime::events::{Event, EventType, Recorder, Reporter};
 use tokio::{sync::mpsc, time::Instant};
 use tracing::debug;
 
-use crate::{model::ObjectName, source::api::Address};
+use crate::{
+    model::ObjectName,
+    source::api::{Address, Requests},
+};
 
 /// What kube-proxy calls itself in events.
 const CONTROLLER: &str = "kube-proxy";
@@ -41,9 +44,9 @@ pub struct Events(Option<mpsc::Sender<Happening>>);
 impl Events {
     /// Records events at an API server, on behalf of the proxy of a node. To be called where tasks can run.
     #[must_use]
-    pub fn start(address: Address, node: &str) -> Self {
+    pub fn start(address: Address, requests: Requests, node: &str) -> Self {
         let (sender, receiver) = mpsc::channel(ROOM);
-        tokio::spawn(record(address, node.to_owned(), receiver));
+        tokio::spawn(record(address, requests, node.to_owned(), receiver));
         Self(Some(sender))
     }
 
@@ -56,7 +59,7 @@ impl Events {
     }
 }
 
-async fn record(address: Address, node: String, mut happenings: mpsc::Receiver<Happening>) {
+async fn record(address: Address, requests: Requests, node: String, mut happenings: mpsc::Receiver<Happening>) {
     let reporter = Reporter { controller: CONTROLLER.to_owned(), instance: Some(format!("{CONTROLLER}-{node}")) };
     let mut recorder = None;
     let mut recorded: HashMap<Happening, Instant> = HashMap::new();
@@ -67,7 +70,7 @@ async fn record(address: Address, node: String, mut happenings: mpsc::Receiver<H
         }
         let result: anyhow::Result<()> = async {
             if recorder.is_none() {
-                let (client, _) = address.client(|| ()).await?;
+                let (client, _) = address.client(&requests, || ()).await?;
                 recorder = Some(Recorder::new(client, reporter.clone()));
             }
             if let Some(recorder) = &recorder {
@@ -147,7 +150,7 @@ mod tests {
     #[tokio::test]
     async fn an_event_says_what_kube_proxys_would() {
         let (address, mut created) = server().await;
-        let events = Events::start(address, "n");
+        let events = Events::start(address, Requests::new().unwrap(), "n");
         events.record(happening(Some("a"), "what"));
         events.record(happening(None, ""));
         let (path, event) = created.recv().await.unwrap();
@@ -173,7 +176,7 @@ mod tests {
     #[tokio::test]
     async fn the_same_event_is_not_recorded_again_and_again() {
         let (address, mut created) = server().await;
-        let events = Events::start(address, "n");
+        let events = Events::start(address, Requests::new().unwrap(), "n");
         for _ in 0..10 {
             events.record(happening(Some("a"), "what"));
         }

@@ -17,7 +17,7 @@ mod tests;
 use std::{fmt, path::PathBuf};
 
 pub use self::{
-    api::ApiServer,
+    api::{ApiServer, Requests},
     manifests::{Manifests, read_all},
 };
 use crate::model::Change;
@@ -40,15 +40,15 @@ pub enum Source {
 }
 
 impl Source {
-    /// Begins to watch.
+    /// Begins to watch; requests to an API server are counted.
     ///
     /// # Errors
     ///
     /// When the place is not to be found. An API server that doesn't answer is waited for.
-    pub async fn open(place: &Place) -> anyhow::Result<Self> {
+    pub async fn open(place: &Place, requests: &Requests) -> anyhow::Result<Self> {
         Ok(match place {
             Place::Manifests(dir) => Self::Manifests(Box::new(Manifests::open(dir)?)),
-            Place::ApiServer(options) => Self::ApiServer(Box::new(ApiServer::open(options).await?)),
+            Place::ApiServer(options) => Self::ApiServer(Box::new(ApiServer::open(options, requests).await?)),
         })
     }
 

@@ -156,6 +156,8 @@ fn writes_that_fail_make_a_node_unhealthy_until_they_succeed() {
     assert_eq!(page("/livez").unwrap().1["nodeEligible"], Value::Null);
     let check = ask(&outside, (node.v4(), CHECK).into(), "/").unwrap();
     assert!(check.1.as_deref() == Some("2") && check.2.contains("\"serviceProxyHealthy\": false"), "{check:?}");
+    let said = cluster.agents[0].log_since_start().matches("the tables could not be written").count();
+    assert_eq!(said, 1, "one cause is said once, however often it is tried");
     mount_remount(&bpffs, MountFlags::empty(), "").unwrap();
     wait("again", &[Some(200); 3], codes);
     let again = page("/livez").unwrap().1;

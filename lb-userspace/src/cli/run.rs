@@ -195,6 +195,7 @@ pub fn run(args: RunArgs, gone: &[String]) -> Result<()> {
         info!("what needs all privileges is done");
         return Ok(());
     }
+    args.set_oom_score(&config);
     let flags = args.flags.clone();
     let options = args.options(config)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
@@ -233,6 +234,16 @@ impl RunArgs {
     /// conntrack's settings; a folder of manifests without kube-proxy's configuration has none to keep.
     fn conntrack(&self, config: &Config) -> Option<Conntrack> {
         (self.manifests.is_none() || self.config.is_some()).then(|| config.conntrack())
+    }
+
+    /// Whom the kernel's out-of-memory killer spares (`oomScoreAdj`). Lowering it takes `CAP_SYS_RESOURCE`, without which kube-proxy
+    /// goes on, too.
+    fn set_oom_score(&self, config: &Config) {
+        let wanted = self.manifests.is_none() || self.config.is_some();
+        let Some(score) = config.fields.oom_score_adj.filter(|_| wanted) else { return };
+        if let Err(error) = std::fs::write("/proc/self/oom_score_adj", score.to_string()) {
+            info!(score, %error, "oomScoreAdj can't be set");
+        }
     }
 
     /// The flags that say where things are, where they were given: for `/flagz`.

@@ -208,6 +208,15 @@ impl Metrics {
         Ok(metrics)
     }
 
+    /// Shows what is counted elsewhere, too.
+    ///
+    /// # Errors
+    ///
+    /// When a metric has this name already.
+    pub fn show(&self, counter: IntCounterVec) -> Result<()> {
+        Ok(self.registry.register(Box::new(counter))?)
+    }
+
     /// A change of a Service was taken in.
     pub fn service_changed(&self) {
         self.service_changes.inc();

@@ -9,6 +9,7 @@ pub mod connection;
 mod fold;
 mod follow;
 mod raw;
+mod requests;
 #[cfg(test)]
 mod tests;
 mod trouble;
@@ -18,7 +19,7 @@ use std::{collections::BTreeMap, time::Duration};
 use anyhow::Result;
 use tokio::{sync::mpsc, task::JoinSet, time::Instant};
 
-pub use self::{ask::Endpoints, connection::Address};
+pub use self::{ask::Endpoints, connection::Address, requests::Requests};
 use self::{
     fold::Fold,
     follow::{Signal, follow},
@@ -68,12 +69,12 @@ struct NodeWait {
 }
 
 impl ApiServer {
-    /// Begins to watch an API server.
+    /// Begins to watch an API server, by `requests` that are counted.
     ///
     /// # Errors
     ///
     /// When it can't be told where the API server is. That it does not answer is no error: it is waited for.
-    pub async fn open(options: &Options) -> Result<Self> {
+    pub async fn open(options: &Options, requests: &Requests) -> Result<Self> {
         // Fails early on what no waiting helps against: a kubeconfig that is missing or unreadable.
         options.address.config().await?;
         let (sender, signals) = mpsc::channel(BUNDLE);
@@ -81,7 +82,7 @@ impl ApiServer {
         let asks = ask::all(options.endpoints, &options.node);
         let needed = asks.iter().filter(|ask| ask.needed).map(|ask| ask.kind).collect();
         for ask in asks {
-            watches.spawn(follow(options.address.clone(), ask, sender.clone()));
+            watches.spawn(follow(options.address.clone(), requests.clone(), ask, sender.clone()));
         }
         Ok(Self {
             signals,

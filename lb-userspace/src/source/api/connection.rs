@@ -11,7 +11,9 @@ use kube::{
     client::ClientBuilder,
     config::{KubeConfigOptions, Kubeconfig},
 };
-use tower::util::MapResponseLayer;
+use tower::layer::layer_fn;
+
+use super::requests::{Counted, Requests};
 
 /// The API server sends something into every watch once a minute; so long without anything, the connection is dead.
 const SILENCE: Duration = Duration::from_secs(120);
@@ -59,19 +61,25 @@ impl Address {
         Ok(config)
     }
 
-    /// A client, and the URL that it goes to. `answered` hears of every request that succeeds.
+    /// A client whose `requests` are counted, and the URL that it goes to. `answered` hears of every request that succeeds.
     ///
     /// # Errors
     ///
     /// As [`Self::config`].
-    pub async fn client(&self, answered: impl Fn() + Clone + Send + 'static) -> Result<(Client, String)> {
+    pub async fn client(
+        &self,
+        requests: &Requests,
+        answered: impl Fn() + Clone + Send + 'static,
+    ) -> Result<(Client, String)> {
         let config = self.config().await?;
         let url = config.cluster_url.to_string();
-        let layer = MapResponseLayer::new(move |response: axum::http::Response<_>| {
-            if response.status().is_success() {
-                answered();
-            }
-            response
+        let host = config.cluster_url.authority().map(ToString::to_string).unwrap_or_default();
+        let requests = requests.clone();
+        let layer = layer_fn(move |inner| Counted {
+            inner,
+            requests: requests.clone(),
+            host: host.clone(),
+            answered: answered.clone(),
         });
         let client = ClientBuilder::try_from(config).context("the client can't be made")?.with_layer(&layer).build();
         Ok((client, url.trim_end_matches('/').to_owned()))

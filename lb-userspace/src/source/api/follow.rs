@@ -13,7 +13,7 @@ use kube::{
 use tokio::{sync::mpsc::Sender, time::timeout};
 use tracing::debug;
 
-use super::{Address, ask::Ask, raw::Raw, trouble::Remedy};
+use super::{Address, Requests, ask::Ask, raw::Raw, trouble::Remedy};
 use crate::{model::Kind, source::Problem};
 
 /// A list from which nothing comes for so long is asked for again.
@@ -33,14 +33,14 @@ pub(super) enum Signal {
 type Events = BoxStream<'static, watcher::Result<Event<Raw>>>;
 
 /// Watches a kind until nobody listens any more.
-pub(super) async fn follow(address: Address, mut ask: Ask, signals: Sender<Signal>) {
+pub(super) async fn follow(address: Address, requests: Requests, mut ask: Ask, signals: Sender<Signal>) {
     let kind = ask.kind;
     let mut backoff = DefaultBackoff::default();
     let mut client = None;
     let mut events = None;
     while !signals.is_closed() {
         if client.is_none() {
-            match connect(&address, kind, &signals).await {
+            match connect(&address, &requests, kind, &signals).await {
                 Ok(connected) => client = Some(connected),
                 Err(problem) => {
                     let _ = signals.send(Signal::Trouble(kind, problem)).await;
@@ -107,12 +107,17 @@ fn watch(client: Client, ask: &Ask) -> Events {
     watcher(Api::<Raw>::all_with(client, &ask.kind), ask.config()).boxed()
 }
 
-async fn connect(address: &Address, kind: Kind, signals: &Sender<Signal>) -> Result<(Client, String), Problem> {
+async fn connect(
+    address: &Address,
+    requests: &Requests,
+    kind: Kind,
+    signals: &Sender<Signal>,
+) -> Result<(Client, String), Problem> {
     let signals = signals.clone();
     // If there is no room, events wait, which say as much.
     let answered = move || drop(signals.try_send(Signal::Answered(kind)));
     address
-        .client(answered)
+        .client(requests, answered)
         .await
         .map_err(|error| Problem { message: format!("{error:#}; correct the kubeconfig"), ..Problem::default() })
 }

@@ -4,11 +4,12 @@ mod server;
 
 use std::time::Duration;
 
+use prometheus::core::Collector as _;
 use serde_json::{Value, json};
 use tokio::time::timeout;
 
 use self::server::{Content, Server};
-use super::{Address, ApiServer, Endpoints, Options};
+use super::{Address, ApiServer, Endpoints, Options, Requests};
 use crate::{
     model::{Change, Kind, Object},
     source::Update,
@@ -66,12 +67,28 @@ struct Watched {
     told: Vec<String>,
     problems: Vec<String>,
     begun: bool,
+    requests: Requests,
 }
 
 impl Watched {
     async fn open(options: &Options) -> Self {
-        let source = ApiServer::open(options).await.unwrap();
-        Self { source, told: Vec::new(), problems: Vec::new(), begun: false }
+        let requests = Requests::new().unwrap();
+        let source = ApiServer::open(options, &requests).await.unwrap();
+        Self { source, told: Vec::new(), problems: Vec::new(), begun: false, requests }
+    }
+
+    /// How many GET requests ended so.
+    fn requests(&self, code: &str) -> u64 {
+        let families = self.requests.collector().collect();
+        let samples = families.iter().flat_map(|family| family.get_metric());
+        let of_code = samples.filter(|sample| {
+            let label =
+                |name: &str| sample.get_label().iter().find(|label| label.name() == name).map(|label| label.value());
+            assert!(label("host").is_some_and(|host| host.starts_with("127.0.0.1:")), "{sample:?}");
+            assert_eq!(label("method"), Some("GET"));
+            label("code") == Some(code)
+        });
+        of_code.map(|sample| sample.get_counter().get_value() as u64).sum()
     }
 
     async fn next(&mut self, patience: Duration) -> bool {
@@ -130,6 +147,20 @@ fn short(change: &Change) -> String {
 
 fn count(content: &Content, part: &str) -> usize {
     content.asked.iter().filter(|uri| uri.contains(part)).count()
+}
+
+#[tokio::test]
+async fn requests_are_counted_by_how_they_ended() {
+    let server = server().await;
+    let mut watched = Watched::open(&options(&server)).await;
+    watched.begin().await;
+    assert!(watched.requests("200") >= 3, "Services, EndpointSlices and Nodes: {}", watched.requests("200"));
+    assert_eq!(watched.requests("<error>"), 0);
+    let address = Address { master: Some("http://127.0.0.1:1".to_owned()), ..Address::default() };
+    let mut watched = Watched::open(&Options { address, ..options(&server) }).await;
+    watched.expect_problem("can't be reached").await;
+    assert!(watched.requests("<error>") >= 1);
+    assert_eq!(watched.requests("200"), 0);
 }
 
 #[tokio::test]
@@ -379,7 +410,8 @@ async fn what_no_waiting_helps_against_is_an_error() {
         (Address::default(), "name a --kubeconfig"),
     ] {
         let server = Server::start().await;
-        let error = ApiServer::open(&Options { address, ..options(&server) }).await.err().unwrap();
+        let error =
+            ApiServer::open(&Options { address, ..options(&server) }, &Requests::new().unwrap()).await.err().unwrap();
         assert!(format!("{error:#}").contains(part), "{error:#}");
     }
 }
