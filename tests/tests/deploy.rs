@@ -16,7 +16,8 @@ const VALUES: [&[&str]; 2] = [
     &[
         "--set=apiServer.host=192.0.2.1",
         "--set=existingConfigMap=kube-proxy",
-        "--set=extraArgs={--socket-lb=all,--endpoints=pod-selector}",
+        "--set=endpoints=pod-selector",
+        "--set=extraArgs={--socket-lb=all}",
         "--set=imagePullSecrets[0].name=registry",
         "--set=image.tag=1.2.3",
         "--set=config.conntrack.maxPerCore=0",
@@ -38,6 +39,8 @@ fn rendered(plane: &ControlPlane) -> Vec<(String, String)> {
     let mut all = vec![("plain files".to_owned(), text.join("\n---\n"))];
     let output = plane.kubectl(&["kustomize", &kustomize.display().to_string()], "").expect("kubectl");
     all.push(("kustomize".to_owned(), printed("kubectl kustomize", &output)));
+    let output = plane.kubectl(&["kustomize", &deploy().join("pod-selector").display().to_string()], "");
+    all.push(("kustomize, of Pods".to_owned(), printed("kubectl kustomize", &output.expect("kubectl"))));
     for values in VALUES {
         let mut command = Command::new(parts::ensure(&parts::HELM).expect("helm"));
         command.args(["template", "fairlead"]).arg(deploy().join("helm/fairlead")).args(["--namespace", "kube-system"]);
@@ -117,10 +120,17 @@ fn what_is_granted_is_kube_proxys_role_and_enough_for_the_agent() {
     for (name, text) in rendered(&plane) {
         printed(&name, &plane.kubectl(&["apply", "--server-side", "--filename=-"], &text).unwrap());
         let granted: BTreeSet<String> = rights(&plane, "fairlead").difference(&of_everyone).cloned().collect();
-        assert_eq!(granted, rights_in(&role["rules"]), "{name}");
+        // What the DaemonSet asks for is what its agents are tried with.
+        let of_pods = text.contains("--endpoints=pod-selector");
+        let mut wanted = rights_in(&role["rules"]);
+        if of_pods {
+            wanted.extend(["list /pods", "watch /pods"].map(str::to_owned));
+        }
+        assert_eq!(granted, wanted, "{name}");
 
         let kubeconfig = plane.kubeconfig_of_account("kube-system", "fairlead").unwrap();
-        let mut agent = Agent::start_on_api_server(&lab, lab.node(1), &kubeconfig, &[]);
+        let flags: &[&str] = if of_pods { &["--endpoints=pod-selector"] } else { &[] };
+        let mut agent = Agent::start_on_api_server(&lab, lab.node(1), &kubeconfig, flags);
         let events = "/apis/events.k8s.io/v1/namespaces/default/events";
         let started = |list: &Value| list["items"].as_array().is_some_and(|events| !events.is_empty());
         api.until(events, started);
