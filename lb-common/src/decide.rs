@@ -140,11 +140,32 @@ pub fn decide<T: Tables>(question: &Question, client: &Addr, hash: u32, tables: 
     }
 }
 
+/// So often a question is asked anew whose frontend was replaced meanwhile.
+const AGAIN: u32 = 2;
+
 /// What happens to packets that ask this question.
+///
+/// The kernel gives a freed element of a hash table to the next entry at once, also while a program reads it: what was read
+/// counts only if the entry is still the same one behind it.
 #[inline(always)]
 pub fn classify<T: Tables>(question: &Question, tables: &T) -> Class {
-    let Question { src, dst, dport, proto, from_node, device } = question;
-    let Some(frontend) = find(dst, *dport, *proto, tables) else {
+    let mut asked = 0;
+    loop {
+        let mut key = FrontendKey::new(question.dst, question.dport, question.proto);
+        let frontend = find_by(&mut key, &question.dst, question.dport, tables);
+        let class = class_of(question, frontend, tables);
+        asked += 1;
+        let Some(frontend) = frontend else { return class };
+        if asked > AGAIN || tables.frontend(&key).is_some_and(|now| core::ptr::eq(now, frontend)) {
+            return class;
+        }
+    }
+}
+
+#[inline(always)]
+fn class_of<T: Tables>(question: &Question, frontend: Option<&Frontend>, tables: &T) -> Class {
+    let Question { src, dst, from_node, device, .. } = question;
+    let Some(frontend) = frontend else {
         return if tables.in_service_cidr(dst) {
             Class::Drop(Reason::Unallocated)
         } else {
@@ -223,25 +244,29 @@ fn stays<T: Tables>(affinity: &Affinity, wanted: &Wanted, tables: &T) -> bool {
 /// The frontend that a packet is sent to: of its address, else of the NodePort, else of any port of the address.
 #[inline(always)]
 pub fn find<'a, T: Tables>(dst: &Addr, dport: Port, proto: u8, tables: &'a T) -> Option<&'a Frontend> {
-    // One key for all three look-ups, for the stack's sake.
-    let mut key = FrontendKey::new(*dst, dport, proto);
+    find_by(&mut FrontendKey::new(*dst, dport, proto), dst, dport, tables)
+}
+
+/// The same; `key` becomes what was found by. One key for all three look-ups, for the stack's sake.
+#[inline(always)]
+fn find_by<'a, T: Tables>(key: &mut FrontendKey, dst: &Addr, dport: Port, tables: &'a T) -> Option<&'a Frontend> {
     if tables.may_be_frontend(dst, dport)
-        && let Some(frontend) = tables.frontend(&key)
+        && let Some(frontend) = tables.frontend(key)
     {
         return Some(frontend);
     }
     key.addr = dst.unspecified();
     if tables.may_be_frontend(&key.addr, dport)
         && tables.node_address(dst) & node_flags::NODE_PORTS != 0
-        && let Some(frontend) = tables.frontend(&key)
+        && let Some(frontend) = tables.frontend(key)
     {
         return Some(frontend);
     }
     if !tables.may_be_frontend(dst, Port::ZERO) {
         return None;
     }
-    key = FrontendKey::any_port(*dst);
-    tables.frontend(&key)
+    *key = FrontendKey::any_port(*dst);
+    tables.frontend(key)
 }
 
 /// The endpoint of a range that a hash picks, with its id.
