@@ -145,8 +145,8 @@ const AGAIN: u32 = 2;
 
 /// What happens to packets that ask this question.
 ///
-/// The kernel gives a freed element of a hash table to the next entry at once, also while a program reads it: what was read
-/// counts only if the entry is still the same one behind it.
+/// Since Linux 6.1 (`bpf_mem_alloc`) a freed element of a hash table is given to the next entry at once, also while a program
+/// reads it: what was read counts only if the entry is still the same one behind it.
 #[inline(always)]
 pub fn classify<T: Tables>(question: &Question, tables: &T) -> Class {
     let mut asked = 0;
@@ -275,4 +275,82 @@ pub fn select<'a, T: Tables>(range: &Range, hash: u32, tables: &'a T) -> Option<
     let index = range.offset.wrapping_add(hash.checked_rem(range.len)?);
     let id = tables.slot(index)?;
     Some((id, tables.endpoint(id)?))
+}
+
+#[cfg(test)]
+mod tests {
+    use core::{cell::Cell, net::SocketAddr};
+
+    use super::*;
+    use crate::{
+        layout::{NodeAddress, bit_index, protocol},
+        memory::Memory,
+    };
+
+    /// Tables in which a frontend's element becomes another entry's, time and again, while it is read.
+    struct Reused {
+        tables: Memory,
+        elements: [Frontend; 2],
+        reuses: u32,
+        found: Cell<u32>,
+    }
+
+    impl Tables for Reused {
+        fn frontend(&self, key: &FrontendKey) -> Option<&Frontend> {
+            let found = self.found.replace(self.found.get() + 1);
+            if found < self.reuses { self.elements.get(found as usize % 2) } else { self.tables.frontend(key) }
+        }
+        fn may_be_frontend(&self, addr: &Addr, port: Port) -> bool {
+            self.tables.may_be_frontend(addr, port)
+        }
+        fn may_be_endpoint(&self, addr: &Addr, port: Port) -> bool {
+            self.tables.may_be_endpoint(addr, port)
+        }
+        fn slot(&self, index: u32) -> Option<u32> {
+            self.tables.slot(index)
+        }
+        fn endpoint(&self, id: u32) -> Option<&Endpoint> {
+            self.tables.endpoint(id)
+        }
+        fn node_address(&self, addr: &Addr) -> NodeAddress {
+            self.tables.node_address(addr)
+        }
+        fn is_local_source(&self, addr: &Addr, device: u32) -> bool {
+            self.tables.is_local_source(addr, device)
+        }
+        fn in_source_ranges(&self, service: u32, addr: &Addr) -> bool {
+            self.tables.in_source_ranges(service, addr)
+        }
+        fn in_service_cidr(&self, addr: &Addr) -> bool {
+            self.tables.in_service_cidr(addr)
+        }
+        fn affinity(&self, key: &AffinityKey) -> Option<&Affinity> {
+            self.tables.affinity(key)
+        }
+        fn ticks(&self) -> u32 {
+            self.tables.ticks()
+        }
+    }
+
+    #[test]
+    fn a_frontend_whose_element_became_anothers_is_looked_up_again() {
+        let element =
+            |service| Frontend { internal: Range { offset: service, len: 1 }, service, ..Frontend::default() };
+        for service in ["10.96.0.10:80", "[fd00:96::10]:80"] {
+            let service: SocketAddr = service.parse().unwrap();
+            for proto in [protocol::TCP, protocol::UDP] {
+                let (dst, dport) = (service.ip().into(), Port::new(service.port()));
+                let mut tables = Memory::default();
+                tables.frontend_bits.insert(bit_index(&dst, dport));
+                tables.frontends.insert(FrontendKey::new(dst, dport, proto), element(1));
+                let question = Question { dst, dport, proto, ..Question::NONE };
+                for reuses in 0..=2 * AGAIN {
+                    let (tables, elements) = (tables.clone(), [element(8), element(9)]);
+                    let reused = Reused { tables, elements, reuses, found: Cell::new(0) };
+                    let Class::Forward(forward) = classify(&question, &reused) else { panic!("{question:?}") };
+                    assert_eq!((forward.service, forward.range.offset), (1, 1), "{service}, {reuses} times");
+                }
+            }
+        }
+    }
 }

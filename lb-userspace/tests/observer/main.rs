@@ -179,7 +179,8 @@ fn change(kernel: &mut Kernel, pipeline: &mut Pipeline, sets: &Sets) -> u64 {
     set
 }
 
-/// Both families' frontends change, so that each gets the elements which the other's have left.
+/// Both families' frontends change, so that each gets the elements which the other's have left. (A packet in a million may meet that, and
+/// only by chance: the test that holds it is with `decide::classify`.)
 fn look(family: usize) {
     let dir = TempDir::with_prefix("fairlead").unwrap();
     let bpffs = dir.path().join("bpffs");
