@@ -3,7 +3,9 @@
 //! In: a source's updates, devices and addresses, signals, questions on a socket. Out: writes and attachments. This is the
 //! only place that knows of time; what a change means is decided in `plan`.
 
+mod answer;
 pub mod door;
+mod failure;
 pub mod report;
 
 use std::{
@@ -13,12 +15,8 @@ use std::{
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
-use anyhow::{Context as _, Result, bail};
-use lb_common::{
-    addr::Addr,
-    layout::{frontend_flags, node_flags},
-    memory::Memory,
-};
+use anyhow::{Context as _, Error, Result, bail};
+use lb_common::memory::Memory;
 use tokio::{
     signal::unix::{SignalKind, signal},
     time::{Instant as TokioInstant, sleep_until},
@@ -26,8 +24,9 @@ use tokio::{
 use tracing::{debug, error, info, warn};
 
 use self::{
-    door::{Door, Question},
-    report::{LastChange, Report, ServiceReport},
+    door::Door,
+    failure::Failure,
+    report::{LastChange, Report},
 };
 use crate::{
     config::Config,
@@ -47,7 +46,7 @@ use crate::{
         node_ports::Checks,
         troubles::Trouble,
     },
-    source::{Place, Problem, Source, Update, api::Requests},
+    source::{Place, Source, Update, api::Requests},
 };
 
 /// How often bits that no flow can name any more are looked for.
@@ -125,18 +124,19 @@ struct Agent {
     rows_of: Option<Vec<IpAddr>>,
     /// Whether the source's first list has been compiled; nothing is written before.
     begun: bool,
-    /// Whether the tables in the kernel may differ from the image.
-    failed: Option<String>,
-    /// Why they were said to differ last; said once for each cause until they don't.
-    said: Option<String>,
-    attach_failed: Option<String>,
-    sockets_failed: Option<String>,
-    ports_failed: Option<String>,
+    /// Whether the tables in the kernel may differ from the image; then nothing is written but a whole image.
+    failed: bool,
+    writing: Failure,
+    attaching: Failure,
+    attaching_sockets: Failure,
+    reserving_ports: Failure,
+    ending_sockets: Failure,
+    /// Whether kube-proxy's rules are still to be looked for.
+    succeeds_kube_proxy: bool,
     /// Where nothing was attached at the start: until when older connections may exist.
     leaves_mid_flow: Option<u32>,
     /// Whether TCP connections are reset when their endpoint is gone.
     terminates: bool,
-    astray_failed: Option<String>,
     alarm: TokioInstant,
     /// When to look for sockets that the last changes have led astray.
     look: Option<TokioInstant>,
@@ -195,14 +195,15 @@ impl Agent {
             snapshot: Snapshot::default(),
             rows_of: None,
             begun: false,
-            failed: None,
-            said: None,
-            attach_failed: None,
-            sockets_failed: None,
-            ports_failed: None,
+            failed: false,
+            writing: Failure::default(),
+            attaching: Failure::default(),
+            attaching_sockets: Failure::default(),
+            reserving_ports: Failure::default(),
+            ending_sockets: Failure::default(),
+            succeeds_kube_proxy: true,
             leaves_mid_flow,
             terminates: options.kernel.terminate_connections,
-            astray_failed: None,
             alarm: TokioInstant::now() + EXPIRY_INTERVAL,
             look: None,
             start: Instant::now(),
@@ -243,14 +244,14 @@ impl Agent {
         self.attach_devices();
         self.attach_sockets();
         if let Err(error) = self.kernel.reserve_ports() {
-            let text = format!(
-                "{error:#}: the node's processes may take the ports that masquerading takes (--masquerade-ports); put them into \
-                 net.ipv4.ip_local_reserved_ports by other means"
+            let error = error.context(
+                "the node's processes may take the ports that masquerading takes (--masquerade-ports); put them into \
+                 net.ipv4.ip_local_reserved_ports by other means",
             );
-            warn!("{text}");
-            self.ports_failed = Some(text);
+            if let Some(error) = self.reserving_ports.news(&error) {
+                warn!("{error}");
+            }
         }
-        self.report.ready = self.failed.is_none();
         // The first list takes much more than what stays of it, and never comes again.
         kernel::release_memory();
         self.events.record(Happening {
@@ -260,9 +261,10 @@ impl Agent {
             action: "StartKubeProxy",
             note: String::new(),
         });
-        if self.failed.is_some() {
+        if self.failed {
             return Ok(());
         }
+        self.become_ready();
         info!(
             services = self.pipeline.model().count(Kind::Service),
             frontends = self.pipeline.image().memory().frontends.len(),
@@ -270,22 +272,28 @@ impl Agent {
             milliseconds = self.milliseconds(),
             "ready"
         );
-        remove_kube_proxy()
+        Ok(())
+    }
+
+    /// The tables are as they should be, for the first time or again.
+    fn become_ready(&mut self) {
+        self.report.ready = true;
+        if std::mem::take(&mut self.succeeds_kube_proxy) {
+            remove_kube_proxy();
+        }
     }
 
     fn attach_sockets(&mut self) {
         match self.kernel.attach_sockets() {
             Ok(()) => {
-                self.sockets_failed = None;
+                self.attaching_sockets.ends();
                 // Some may have connected while no programs were there.
                 self.look = Some(TokioInstant::now());
             }
             Err(error) => {
-                let text = format!("{error:#}");
-                if self.sockets_failed.as_ref() != Some(&text) {
-                    error!(error = text, "clients on the node itself are not served; trying again");
+                if let Some(error) = self.attaching_sockets.news(&error) {
+                    error!(error, "clients on the node itself are not served; trying again");
                 }
-                self.sockets_failed = Some(text);
                 self.alarm = TokioInstant::now() + RETRY;
             }
         }
@@ -340,13 +348,11 @@ impl Agent {
 
     fn attach_devices(&mut self) {
         match self.kernel.attach_devices(&self.snapshot.ports()) {
-            Ok(()) => self.attach_failed = None,
+            Ok(()) => self.attaching.ends(),
             Err(error) => {
-                let text = format!("{error:#}");
-                if self.attach_failed.as_ref() != Some(&text) {
-                    error!(error = text, "a device has no programs; trying again");
+                if let Some(error) = self.attaching.news(&error) {
+                    error!(error, "a device has no programs; trying again");
                 }
-                self.attach_failed = Some(text);
                 self.alarm = TokioInstant::now() + RETRY;
             }
         }
@@ -402,7 +408,7 @@ impl Agent {
     }
 
     fn end_change(&mut self, begin: Instant, writes: usize) {
-        self.full = self.failed.is_some();
+        self.full = self.failed;
         self.taken = None;
         self.publish();
         debug!(milliseconds = self.milliseconds(), "written");
@@ -420,7 +426,7 @@ impl Agent {
 
     /// Tells the health checks of Services what is effective.
     fn publish(&mut self) {
-        if self.failed.is_some() {
+        if self.failed {
             return;
         }
         for (v4, seconds) in self.pipeline.endpoints_changed() {
@@ -448,15 +454,12 @@ impl Agent {
     fn write(&mut self, writes: &[Write]) {
         let families = families(writes);
         let begin = self.begin_write(&families);
-        if writes.is_empty() || self.failed.is_some() {
+        if writes.is_empty() || self.failed {
             return;
         }
         let result = self.kernel.apply(writes);
         self.end_write(result, &families, begin);
-        if self.failed.is_none()
-            && self.look.is_none()
-            && self.kernel.concerns_sockets(writes, self.pipeline.image().memory())
-        {
+        if !self.failed && self.look.is_none() && self.kernel.concerns_sockets(writes, self.pipeline.image().memory()) {
             self.look = Some(TokioInstant::now() + SETTLING);
         }
     }
@@ -472,7 +475,7 @@ impl Agent {
         self.serve.metrics().set_written(self.kernel.statistics());
         if let Err(error) = result {
             self.serve.metrics().failed(families);
-            self.fail(format!("{error:#}"), "the tables could not be written; trying again");
+            self.fail(&error.context("the tables could not be written"));
             return;
         }
         self.serve.health().updated(families, Moment::now());
@@ -480,12 +483,11 @@ impl Agent {
     }
 
     /// The tables may differ from the image, until a try succeeds.
-    fn fail(&mut self, text: String, what: &str) {
-        if self.said.as_ref() != Some(&text) {
-            error!(error = text, "{what}");
+    fn fail(&mut self, error: &Error) {
+        if let Some(error) = self.writing.news(error) {
+            error!(error, "Services are served as they were; trying again");
         }
-        self.said = Some(text.clone());
-        self.failed = Some(text);
+        self.failed = true;
         self.report.ready = false;
         self.alarm = TokioInstant::now() + RETRY;
     }
@@ -493,20 +495,19 @@ impl Agent {
     fn end_sockets(&mut self) {
         self.look = None;
         match self.kernel.end_sockets_astray(self.pipeline.image().memory()) {
-            Ok(0) => self.astray_failed = None,
             Ok(sockets) => {
-                self.astray_failed = None;
-                info!(
-                    sockets,
-                    "connected sockets were ended: what they were connected to is gone or has become a Service's"
-                );
+                self.ending_sockets.ends();
+                if sockets != 0 {
+                    info!(
+                        sockets,
+                        "connected sockets were ended: what they were connected to is gone or has become a Service's"
+                    );
+                }
             }
             Err(error) => {
-                let text = format!("{error:#}");
-                if self.astray_failed.as_ref() != Some(&text) {
-                    warn!(error = text, "connected sockets may go on to speak to endpoints that are gone");
+                if let Some(error) = self.ending_sockets.news(&error) {
+                    warn!(error, "connected sockets may go on to speak to endpoints that are gone");
                 }
-                self.astray_failed = Some(text);
             }
         }
     }
@@ -515,27 +516,25 @@ impl Agent {
     fn wake(&mut self) {
         self.alarm = TokioInstant::now() + EXPIRY_INTERVAL;
         let now = self.now();
-        if self.failed.is_some() {
+        if self.failed {
             match self.kernel.memory() {
                 Ok(memory) => {
-                    self.failed = None;
+                    self.failed = false;
                     self.full = true;
                     self.pipeline.restart(Image::restore(memory, now));
                     self.rows_of = None;
                     self.compile();
                     let writes = self.pipeline.sweep(now);
                     self.write(&writes);
-                    if self.failed.is_none() {
+                    if !self.failed {
                         self.serve.health().updated(&Family::ALL, Moment::now());
                         self.look = Some(TokioInstant::now());
-                        self.report.ready = true;
-                        self.said = None;
+                        self.writing.ends();
+                        self.become_ready();
                         info!("the tables are as they should be again");
                     }
                 }
-                Err(error) => {
-                    self.fail(format!("{error:#}"), "the tables can't be read; trying again");
-                }
+                Err(error) => self.fail(&error.context("the tables can't be read")),
             }
         }
         if self.begun && !self.kernel.is_attached() {
@@ -558,75 +557,6 @@ impl Agent {
             Err(error) => warn!(error = format!("{error:#}"), "flows can't be read; bits are kept"),
         }
     }
-
-    fn answer(&self, question: Question) -> String {
-        let text = match question {
-            Question::Status => serde_json::to_string(&self.status()),
-            Question::Services => serde_json::to_string(&self.services()),
-        };
-        text.unwrap_or_default()
-    }
-
-    fn status(&self) -> Report {
-        let model = self.pipeline.model();
-        let count = |kind| model.count(kind);
-        let mut report = self.report.clone();
-        report.objects = [
-            ("services", Kind::Service),
-            ("endpointSlices", Kind::EndpointSlice),
-            ("pods", Kind::Pod),
-            ("nodes", Kind::Node),
-            ("serviceCIDRs", Kind::ServiceCidr),
-        ]
-        .map(|(name, kind)| (name.to_owned(), count(kind)))
-        .into();
-        report.devices = self.snapshot.links.values().map(|link| (link.ifindex, link.name.clone())).collect();
-        report.bridges = self.snapshot.bridges();
-        report.problems = self.pipeline.problems().iter().map(ToString::to_string).collect();
-        report.problems.extend(self.report.source_problems.iter().map(Problem::to_string));
-        report.problems.extend(self.failed.iter().map(|text| format!("tables: {text}")));
-        report.problems.extend(self.attach_failed.iter().map(|text| format!("devices: {text}")));
-        report.problems.extend(self.sockets_failed.iter().map(|text| format!("sockets: {text}")));
-        report.problems.extend(self.ports_failed.iter().map(|text| format!("ports: {text}")));
-        report.problems.extend(self.astray_failed.iter().map(|text| format!("connected sockets: {text}")));
-        report.problems.extend(self.serve.troubles().iter().map(ToString::to_string));
-        report.problems.extend(self.shadowed());
-        report.problems.extend(self.kernel.colliding_node_ports(self.pipeline.image().memory()));
-        report.problems.extend(self.kernel.problems(&self.snapshot));
-        let statistics = self.kernel.statistics();
-        report.bpf_calls = statistics.calls;
-        report.entries_written = statistics.entries;
-        report.bytes_written = statistics.bytes;
-        report
-    }
-
-    /// ClusterIPs that are addresses of the node, as node-local DNS caches have them: the host has them, not the Service.
-    fn shadowed(&self) -> Vec<String> {
-        let memory = self.pipeline.image().memory();
-        let own = |addr: &Addr| memory.node_addresses.get(addr).is_some_and(|flags| flags & node_flags::LOCAL != 0);
-        let refusing = memory.frontends.iter().filter(|(_, frontend)| frontend.flags & frontend_flags::ANY_PORT != 0);
-        let shadowed = refusing.map(|(key, _)| key.addr).filter(own);
-        shadowed
-            .map(|addr| format!("ClusterIP {} is an address of this node and is left to it", IpAddr::from(addr)))
-            .collect()
-    }
-
-    fn services(&self) -> Vec<ServiceReport> {
-        self.pipeline
-            .model()
-            .services()
-            .map(|(name, service)| ServiceReport {
-                namespace: name.namespace.to_string(),
-                name: name.name.to_string(),
-                kind: if service.spec.cluster_ip.as_deref() == Some("None") {
-                    "Headless".to_owned()
-                } else {
-                    service.spec.type_.as_str().to_owned()
-                },
-                external_name: service.spec.external_name.clone(),
-            })
-            .collect()
-    }
 }
 
 /// The families whose plan these writes carry out.
@@ -640,12 +570,13 @@ fn families(writes: impl IntoIterator<Item: Borrow<Write>>) -> Vec<Family> {
 
 /// What kube-proxy left would translate before us, or after. It goes as soon as ours is effective, and nobody waits for it:
 /// with many Services iptables takes seconds.
-fn remove_kube_proxy() -> Result<()> {
+fn remove_kube_proxy() {
     let work = || match kernel::kube_proxy::remove() {
         Ok(removed) if removed.is_empty() => {}
         Ok(removed) => info!(removed = removed.join(", "), "kube-proxy's rules are removed"),
         Err(error) => warn!(error = format!("{error:#}"), "connections may be translated twice"),
     };
-    std::thread::Builder::new().name("kube-proxy".to_owned()).spawn(work).context("starting a thread")?;
-    Ok(())
+    if let Err(error) = std::thread::Builder::new().name("kube-proxy".to_owned()).spawn(work) {
+        warn!(%error, "there is no thread that looks for kube-proxy's rules; connections may be translated twice");
+    }
 }

@@ -11,6 +11,7 @@ pub mod kube_proxy;
 pub mod links;
 #[cfg(feature = "program-log")]
 mod log;
+pub mod maps;
 mod netlink;
 pub mod object;
 mod older;
@@ -36,7 +37,8 @@ use self::{
     devices::Snapshot,
     folder::{Cgroup, Folder},
     links::{Attached, Links, Port},
-    object::{Capacity, Constants, Programs, Table},
+    maps::{Capacity, Table},
+    object::{Constants, Programs},
     tables::{Statistics, Stopped, Store},
 };
 use crate::{
@@ -108,8 +110,8 @@ impl Default for Options {
             cgroup: None,
             attach: Attach::default(),
             socket_lb: SocketLb::default(),
-            flows: object::default_flows(),
-            affinities: object::DEFAULT_AFFINITIES,
+            flows: maps::default_flows(),
+            affinities: maps::DEFAULT_AFFINITIES,
             masquerade_first: 61_000,
             masquerade_ports: 4_096,
             #[cfg(feature = "program-log")]
@@ -145,7 +147,7 @@ impl Tables {
         let dir = folder.generation(generation);
         for table in Table::ALL {
             // Says what is wrong before the loader would take the map unseen.
-            object::open_table(&dir, table)?;
+            maps::open_table(&dir, table)?;
         }
         let programs = Programs::load(&dir, &folder.flows(), &Capacity::default(), constants, options)?;
         let store = Store::open(&dir, Statistics::default())?;
@@ -182,8 +184,8 @@ impl Kernel {
                 object::remove_generation(&folder.maps().join(name))?;
             }
         }
-        for name in object::FLOW_MAPS {
-            let Some(map) = object::open_flow_map(&folder.flows(), name)? else { continue };
+        for name in maps::FLOW_MAPS {
+            let Some(map) = maps::open_flow_map(&folder.flows(), name)? else { continue };
             let room = map.shape().max_entries;
             let (size, wanted) = match name {
                 "FLOWS" => (room / 2, options.flows),

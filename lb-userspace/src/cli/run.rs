@@ -17,7 +17,7 @@ use super::{pins::Folder, print_version};
 use crate::{
     agent,
     config::{Config, boolean, flags::Flags},
-    kernel::{self, Attach, SocketLb, object::DEFAULT_AFFINITIES, sysctls::Conntrack},
+    kernel::{self, Attach, SocketLb, maps::DEFAULT_AFFINITIES, sysctls::Conntrack},
     plan::node::LocalDetector,
     serve,
     source::{Place, api},

@@ -9,7 +9,7 @@ use anyhow::{Context as _, Result};
 use lb_common::count::ServiceCounters;
 
 use super::{
-    object::Table,
+    maps::Table,
     sys::{bytes_of, value_of},
     tables::Store,
 };

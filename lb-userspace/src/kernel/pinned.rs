@@ -19,7 +19,7 @@ use lb_common::{
 use super::{
     counters, folder,
     links::{self, Attached},
-    object::{FLOW_MAPS, Table, open_flow_map},
+    maps::{FLOW_MAPS, Table, open_flow_map},
     sys::{Map, value_of},
     tables::{Statistics, Store},
 };

@@ -13,7 +13,7 @@ use lb_common::{
 };
 
 use super::{
-    object::{Capacity, Table, open_table},
+    maps::{Capacity, Table, open_table},
     pinned::{self, Fill},
     sys::{self, Map, bytes_of, map_type, value_of},
 };

@@ -12,7 +12,8 @@ use fairlead::kernel::{
     Options,
     devices::watch::Watch,
     folder,
-    object::{Capacity, Constants, Programs},
+    maps::Capacity,
+    object::{Constants, Programs},
 };
 
 use crate::{
