@@ -18,7 +18,6 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 
 pub use self::cgroups::{Cgroups, leftovers, remove as remove_cgroups};
-use self::image::AGNHOST;
 use self::machine::Machine;
 pub use self::settings::Settings;
 use crate::control_plane::{ControlPlane, parts};
@@ -77,7 +76,7 @@ oom_score = 0
   address = "{socket}"
 [plugins."io.containerd.grpc.v1.cri"]
   # Anything that waits will do as the process that holds a Pod's namespaces.
-  sandbox_image = "{AGNHOST}"
+  sandbox_image = "{image}"
   restrict_oom_score_adj = true
   disable_apparmor = true
   [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc]
@@ -86,6 +85,7 @@ oom_score = 0
     bin_dir = "{CNI}"
     conf_dir = "{folder}/cni"
 "#,
+            image = image::name()?,
             socket = machine::SOCKET,
         );
         fs::write(self.folder.join("containerd.toml"), configuration).context("writing containerd's configuration")?;

@@ -1,9 +1,11 @@
 // Kubernetes' own end-to-end tests, with only those of its network compiled in.
-// In: the flags of e2e.test. Out: one binary. Which specs run is the caller's choice (--ginkgo.focus).
+// In: the flags of e2e.test. Out: one binary. Which specs run is the caller's choice (--ginkgo.focus); --list-images names only
+// agnhost, of which almost all Pods are made.
 package e2e
 
 import (
 	"flag"
+	"fmt"
 	"os"
 	"testing"
 
@@ -19,6 +21,7 @@ import (
 	"k8s.io/kubernetes/test/e2e/invariants/logcheck"
 	_ "k8s.io/kubernetes/test/e2e/network"
 	manifests "k8s.io/kubernetes/test/e2e/testing-manifests"
+	"k8s.io/kubernetes/test/utils/image"
 	_ "k8s.io/kubernetes/test/utils/ktesting/format"
 )
 
@@ -28,6 +31,10 @@ func TestMain(m *testing.M) {
 	framework.RegisterClusterFlags(flag.CommandLine)
 	logcheck.RegisterFlags(flag.CommandLine)
 	flag.Parse()
+	if framework.TestContext.ListImages {
+		fmt.Println(image.GetE2EImage(image.Agnhost))
+		os.Exit(0)
+	}
 	testfiles.AddFileSource(manifests.GetE2ETestingManifestsFS())
 	framework.AfterReadingAllFlags(&framework.TestContext)
 	os.Exit(m.Run())

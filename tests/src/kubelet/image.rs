@@ -13,7 +13,10 @@ use crate::command;
 use crate::control_plane::parts;
 
 /// What the tests of this release call it.
-pub const AGNHOST: &str = "registry.k8s.io/e2e-test-images/agnhost:2.66.1";
+pub fn name() -> Result<String> {
+    let e2e = parts::ensure(&parts::E2E)?.display().to_string();
+    Ok(command::run(&e2e, &["--list-images"])?.trim().to_owned())
+}
 
 /// What Pods are asked to run besides agnhost, where busybox has nothing of that name, knows fewer flags, or crashes (Debian's static
 /// `wget`, once it looks for a host).
@@ -103,7 +106,7 @@ fn pack(folder: &Path, root: &Path) -> Result<PathBuf> {
         "rootfs": {"type": "layers", "diff_ids": [digest(&folder.join("layer.tar"))?]},
     });
     fs::write(folder.join("config.json"), configuration.to_string()).context("writing the image's configuration")?;
-    let manifest = json!([{"Config": "config.json", "RepoTags": [AGNHOST], "Layers": ["layer.tar"]}]);
+    let manifest = json!([{"Config": "config.json", "RepoTags": [name()?], "Layers": ["layer.tar"]}]);
     fs::write(folder.join("manifest.json"), manifest.to_string()).context("writing the image's manifest")?;
     tar("image.tar", folder, &["manifest.json", "config.json", "layer.tar"])?;
     Ok(folder.join("image.tar"))
