@@ -128,22 +128,25 @@ fn service(number: usize) -> Service {
 
 struct Stage {
     cluster: Cluster,
+    /// The two pods that may be endpoints: their nodes and numbers.
+    pods: [(u8, u8); 2],
     senders: Vec<Sender>,
     arrivals: Arc<Mutex<Arrivals>>,
     _sinks: Vec<Worker>,
 }
 
 impl Stage {
-    fn new(flags: &[&str]) -> Self {
-        let cluster = Cluster::new(Topology { cni_rules: true, ..Topology::default() }, flags, |lab| {
+    fn new(topology: Topology, pods: [(u8, u8); 2], flags: &[&str]) -> Self {
+        let cluster = Cluster::new(Topology { cni_rules: true, ..topology }, flags, |lab| {
             for pod in lab.pods() {
                 lab.manifests().write(&format!("pod-{}.json", pod.name), PodObject::of(pod).label("app", "parked"));
             }
         });
         let lab = &cluster.lab;
         let arrivals = Arc::default();
-        let sinks = [lab.pod(1, 2), lab.pod(2, 1)]
+        let sinks = pods
             .into_iter()
+            .map(|(node, pod)| lab.pod(node, pod))
             .flat_map(|pod| {
                 let addresses = [IpAddr::from(pod.v4), pod.v6.into()];
                 addresses.map(|address| sink(&pod.netns, &pod.name, (address, PORT).into(), &arrivals))
@@ -161,11 +164,11 @@ impl Stage {
         .into_iter()
         .flat_map(|(netns, name, by, connects)| [0, 1].map(|family| Sender::start(netns, name, by, family, connects)))
         .collect();
-        Self { cluster, senders, arrivals, _sinks: sinks }
+        Self { cluster, pods, senders, arrivals, _sinks: sinks }
     }
 
     fn label(&self, endpoints: &[(u8, u8)]) {
-        for (node, pod) in [(1, 2), (2, 1)] {
+        for (node, pod) in self.pods {
             self.cluster.relabel(node, pod, if endpoints.contains(&(node, pod)) { "sink" } else { "parked" });
         }
     }
@@ -207,29 +210,35 @@ impl Stage {
 
 #[test]
 fn a_sender_that_never_stops_reaches_endpoints_that_are_there_and_no_others() {
-    for flags in [&[][..], &["--socket-lb", "all"]] {
-        let mut stage = Stage::new(flags);
+    // One node where sockets of all namespaces are served: the processes of a lab are in one cgroup, and a second agent would take
+    // them for its own.
+    let alone = Topology { nodes: 1, pods_per_node: 3, ..Topology::default() };
+    for (topology, pods, flags) in
+        [(Topology::default(), [(1, 2), (2, 1)], &[][..]), (alone, [(1, 2), (1, 3)], &["--socket-lb", "all"])]
+    {
+        let mut stage = Stage::new(topology, pods, flags);
         let manifests = stage.cluster.lab.manifests();
         let (everyone, nobody) = (|_: &Sender| true, |_: &Sender| false);
-        let (one, two) = ("p1-2", "p2-1");
+        let [one, two] = pods.map(|(node, pod)| format!("p{node}-{pod}"));
+        let (one, two) = (one.as_str(), two.as_str());
         stage.expect("nothing is there yet", &[], nobody);
         manifests.write("service.json", service(0));
         stage.expect("a Service without endpoints", &[], nobody);
-        stage.label(&[(1, 2), (2, 1)]);
+        stage.label(&pods);
         stage.expect("endpoints came", &[one, two], everyone);
-        for (kept, endpoint) in [((1, 2), one), ((2, 1), two), ((1, 2), one)] {
+        for (kept, endpoint) in [(pods[0], one), (pods[1], two), (pods[0], one)] {
             stage.label(&[kept]);
             stage.expect("an endpoint went", &[endpoint], everyone);
-            stage.label(&[(1, 2), (2, 1)]);
+            stage.label(&pods);
             stage.expect("it came back", &[endpoint], everyone);
         }
         stage.label(&[]);
         stage.expect("scaled to zero", &[], nobody);
-        stage.label(&[(2, 1)]);
+        stage.label(&[pods[1]]);
         stage.expect("scaled to one", &[two], everyone);
         stage.cluster.agents[0].kill();
         stage.expect("without an agent", &[two], everyone);
-        stage.label(&[(1, 2), (2, 1)]);
+        stage.label(&pods);
         stage.cluster.agents[0].restart();
         stage.expect("restarted", &[two], everyone);
         manifests.remove("service.json");
