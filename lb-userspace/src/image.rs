@@ -28,8 +28,13 @@ use lb_common::{
 
 use self::{bits::Bits, ids::Ids, slots::Slots, sorted::Sorted};
 pub use self::{
-    bits::FLOW_LIFE, difference::difference, ids::GRACE, name::decode as port_name, name::text as service_name,
-    node::prefix_key, write::Write,
+    bits::FLOW_LIFE,
+    difference::difference,
+    ids::{GRACE, MOST_IDS},
+    name::decode as port_name,
+    name::text as service_name,
+    node::prefix_key,
+    write::Write,
 };
 use crate::plan::{PortName, PortPlan, Step};
 

@@ -10,7 +10,7 @@ use lb_common::{
     memory::Memory,
 };
 
-use super::{Image, PortState, Write, Writes, name, put, slots::Slots};
+use super::{Image, PortState, Write, Writes, ids::MOST_IDS, name, put, slots::Slots};
 use crate::plan::PortName;
 
 impl Image {
@@ -44,10 +44,11 @@ impl Image {
         image
     }
 
-    /// Service ports by id; of two ids with one name, the first.
+    /// Service ports by id; of two ids with one name, the first. Tables are as long as the largest id that is used, so that
+    /// absurd ones are not.
     fn named_ports(&self) -> BTreeMap<u32, (PortName, PortState)> {
         let mut names = BTreeSet::new();
-        let decoded = self.memory.services.iter().filter(|(id, _)| *id != 0);
+        let decoded = self.memory.services.iter().filter(|(id, _)| (1..MOST_IDS).contains(id));
         let decoded = decoded.filter_map(|(id, bytes)| Some((id, name::decode(bytes)?)));
         let first = decoded.filter(|(_, name)| names.insert(name.clone()));
         first.map(|(id, name)| (id, (name, PortState { id, ..PortState::default() }))).collect()
@@ -88,6 +89,10 @@ impl Image {
 
     /// The endpoint ids in a range, if all of them belong to the Service port.
     fn content(&self, range: &Range, state: &PortState) -> Option<Box<[u32]>> {
+        // No endpoint is twice in a range: a longer one is damaged, and may be as long as all slots.
+        if range.len as usize > state.endpoints.len() {
+            return None;
+        }
         let own = |id: &u32| {
             let endpoint = self.memory.endpoints.get(id);
             endpoint.is_some_and(|endpoint| state.endpoints.get(&(endpoint.addr, endpoint.port)) == Some(*id))

@@ -43,6 +43,11 @@ impl<K: Ord, V: Copy> Sorted<K, V> {
         self.0.extract_if(.., |(key, value)| picks(key, *value)).collect()
     }
 
+    /// How many there are.
+    pub const fn len(&self) -> usize {
+        self.0.len()
+    }
+
     /// The keys in order.
     pub fn keys(&self) -> impl Iterator<Item = &K> {
         self.0.iter().map(|(key, _)| key)

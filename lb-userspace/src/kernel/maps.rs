@@ -17,7 +17,7 @@ use lb_common::{
 };
 
 use super::sys::{Map, MapShape, NO_PREALLOC, map_type};
-use crate::plan::Expected;
+use crate::{image::MOST_IDS, plan::Expected};
 
 /// A table that the agent writes and the programs read. Grows by generation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -186,7 +186,7 @@ impl Capacity {
             (Table::Slots, last(memory.slots.last_key())),
             (Table::Endpoints, last(memory.endpoints.last_key())),
             (Table::Services, count(memory.services.len())),
-            (Table::ServiceCounters, last(memory.services.last_key())),
+            (Table::ServiceCounters, last(memory.services.keys().filter(|id| *id < MOST_IDS).last())),
             (Table::SourceRanges, count(memory.source_ranges.len())),
             (Table::LocalCidrs, count(memory.local_cidrs.len())),
             (Table::ServiceCidrs, count(memory.service_cidrs.len())),
