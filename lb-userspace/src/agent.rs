@@ -253,6 +253,7 @@ impl Agent {
             }
         }
         // The first list takes much more than what stays of it, and never comes again.
+        self.pipeline.compact();
         kernel::release_memory();
         self.events.record(Happening {
             service: None,

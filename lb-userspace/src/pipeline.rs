@@ -228,6 +228,13 @@ impl Pipeline {
         writes
     }
 
+    /// Gives spare room back, once a first list is compiled.
+    pub fn compact(&mut self) {
+        self.model.compact();
+        self.planner.compact();
+        self.image.compact();
+    }
+
     /// Removes what is in the kernel and in no plan. To be called once, after the source's first full list was compiled.
     pub fn sweep(&mut self, now: u64) -> Vec<Write> {
         let ports: BTreeSet<_> = self.planner.ports().cloned().collect();

@@ -12,7 +12,7 @@ use std::{
 use lb_common::{addr::Addr, layout::FrontendKey};
 
 use super::{PlannedFrontend, PortName, PortPlan, Problem, ServicePlan};
-use crate::model::{ObjectName, object::Protocol};
+use crate::model::{ObjectName, object::Protocol, repack};
 
 /// Age and name of a port: the smallest claim of a frontend wins. Objects without a time (manifests) count as oldest. All
 /// frontends of a port share one.
@@ -215,6 +215,13 @@ impl Planner {
         port
     }
 
+    /// Gives spare room back, once a first list is planned.
+    pub fn compact(&mut self) {
+        repack(&mut self.services);
+        repack(&mut self.claims);
+        repack(&mut self.any_port);
+    }
+
     /// Every port there is.
     pub fn ports(&self) -> impl Iterator<Item = &PortName> {
         self.services.values().flat_map(|entry| entry.ports.iter().map(Claimed::name))
@@ -348,7 +355,7 @@ mod tests {
             let ports = port.as_ref().map(|port| {
                 port.frontends.iter().map(|frontend| frontend.key.port.number().to_string()).collect::<Vec<_>>()
             });
-            format!("{}: {}", name.service.name, ports.map_or("gone".into(), |ports| ports.join(",")))
+            format!("{}: {}", name.service.name(), ports.map_or("gone".into(), |ports| ports.join(",")))
         };
         step.ports.iter().map(entry).collect()
     }
@@ -405,7 +412,7 @@ mod tests {
                 let mut free: BTreeSet<u16> = (80..86).collect();
                 for ((_, name), ports) in &there {
                     let won: BTreeSet<u16> = ports.iter().copied().filter(|port| free.remove(port)).collect();
-                    let port = followed.ports.iter().find(|(port, _)| *port.service.name == **name).unwrap().1;
+                    let port = followed.ports.iter().find(|(port, _)| port.service.name() == *name).unwrap().1;
                     let has: BTreeSet<u16> =
                         port.as_ref().unwrap().frontends.iter().map(|frontend| frontend.key.port.number()).collect();
                     prop_assert_eq!(has, won, "{}", name);
