@@ -238,6 +238,7 @@ impl Agent {
         self.kernel.prepare(&Expected::of(&update.changes))?;
         self.take_in(update);
         self.begun = true;
+        self.pipeline.compact_model();
         self.set_devices(snapshot);
         self.compile_first();
         self.kernel.verified()?;

@@ -244,10 +244,15 @@ impl Image {
     }
 
     /// Removes what is in the tables and in no plan: called after the first full list has been planned.
-    pub fn sweep(&mut self, ports: &BTreeSet<PortName>, any_port: &BTreeSet<Addr>, now: u64) -> Vec<Write> {
-        let gone = self.ports.keys().filter(|name| !ports.contains(*name)).map(|name| (name.clone(), None));
+    pub fn sweep(
+        &mut self,
+        has_port: impl Fn(&PortName) -> bool,
+        has_any_port: impl Fn(&Addr) -> bool,
+        now: u64,
+    ) -> Vec<Write> {
+        let gone = self.ports.keys().filter(|name| !has_port(name)).map(|name| (name.clone(), None));
         let refusing = self.memory.frontends.keys().filter(|key| **key == FrontendKey::any_port(key.addr));
-        let unplanned = refusing.map(|key| key.addr).filter(|addr| !any_port.contains(addr));
+        let unplanned = refusing.map(|key| key.addr).filter(|addr| !has_any_port(addr));
         let step = Step { ports: gone.collect(), any_port: unplanned.map(|addr| (addr, false)).collect() };
         let mut list = self.apply(&step, now);
         let mut writes = self.writes();

@@ -102,23 +102,22 @@ impl Image {
 
     /// Removes what belongs to no Service port.
     pub(super) fn remove_strays(&mut self, now: u64, writes: &mut Writes) {
-        let owned: BTreeSet<FrontendKey> =
-            self.ports.values().flat_map(|state| state.frontends.iter().copied()).collect();
-        let stray = |key: &&FrontendKey| **key != FrontendKey::any_port(key.addr) && !owned.contains(key);
+        let owned = sorted(self.ports.values().flat_map(|state| state.frontends.iter().copied()));
+        let is_owned = |key: &FrontendKey| owned.binary_search(key).is_ok();
+        let stray = |key: &&FrontendKey| **key != FrontendKey::any_port(key.addr) && !is_owned(key);
         for key in self.memory.frontends.keys().filter(stray).copied().collect::<Vec<_>>() {
             self.remove_frontend(key, now, writes);
         }
-        let ids: BTreeSet<u32> = self.ports.values().map(|state| state.id).collect();
-        for key in
-            self.memory.source_ranges.iter().filter(|key| !ids.contains(&key.service)).copied().collect::<Vec<_>>()
-        {
+        let ids = sorted(self.ports.values().map(|state| state.id));
+        let is_stray = |id: &u32| ids.binary_search(id).is_err();
+        for key in self.memory.source_ranges.iter().filter(|key| is_stray(&key.service)).copied().collect::<Vec<_>>() {
             put(&mut self.memory, &mut writes.removed, Write::RemoveSourceRange(key));
         }
-        let endpoints: BTreeSet<u32> = self.ports.values().flat_map(|state| state.endpoints.iter().copied()).collect();
-        for id in self.memory.endpoints.keys().filter(|id| !endpoints.contains(id)).collect::<Vec<_>>() {
+        let endpoints = sorted(self.ports.values().flat_map(|state| state.endpoints.iter().copied()));
+        for id in self.memory.endpoints.keys().filter(|id| endpoints.binary_search(id).is_err()).collect::<Vec<_>>() {
             self.remove_endpoint(id, now, writes);
         }
-        for id in self.memory.services.keys().filter(|id| !ids.contains(id)).collect::<Vec<_>>() {
+        for id in self.memory.services.keys().filter(is_stray).collect::<Vec<_>>() {
             put(&mut self.memory, &mut writes.removed, Write::RemoveService(id));
             self.service_ids.rest(id, now);
         }
@@ -126,4 +125,11 @@ impl Image {
             self.service_ids.rest(id, now);
         }
     }
+}
+
+/// A sorted list: a tree of that many numbers would take several times the room.
+fn sorted<T: Ord>(elements: impl Iterator<Item = T>) -> Vec<T> {
+    let mut elements: Vec<T> = elements.collect();
+    elements.sort_unstable();
+    elements
 }

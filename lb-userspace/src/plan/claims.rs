@@ -222,14 +222,17 @@ impl Planner {
         repack(&mut self.any_port);
     }
 
-    /// Every port there is.
-    pub fn ports(&self) -> impl Iterator<Item = &PortName> {
-        self.services.values().flat_map(|entry| entry.ports.iter().map(Claimed::name))
+    /// Whether there is such a port.
+    #[must_use]
+    pub fn has_port(&self, name: &PortName) -> bool {
+        let service = self.services.get(&name.service);
+        service.is_some_and(|claims| claims.ports.iter().any(|port| port.name() == name))
     }
 
-    /// Every address of which other ports are refused.
-    pub fn any_port(&self) -> impl Iterator<Item = &Addr> {
-        self.any_port.keys()
+    /// Whether other ports of an address are refused.
+    #[must_use]
+    pub fn has_any_port(&self, addr: &Addr) -> bool {
+        self.any_port.contains_key(addr)
     }
 
     /// The frontends that ports of a Service claim, but others have.
@@ -315,7 +318,7 @@ impl Book {
         let ports = self.plans.values().flat_map(|plan| plan.ports.iter().cloned());
         Step {
             ports: ports.map(|port| (port.name.clone(), Some(Arc::new(self.planner.granted(port))))).collect(),
-            any_port: self.planner.any_port().map(|addr| (*addr, true)).collect(),
+            any_port: self.planner.any_port.keys().map(|addr| (*addr, true)).collect(),
         }
     }
 }
