@@ -42,6 +42,12 @@ enum Command {
     Flows(flows::FlowsArgs),
     Explain(explain::ExplainArgs),
     Preflight(preflight::PreflightArgs),
+    /// Give new connections back to the host; those that are open go on
+    ///
+    /// For going back to kube-proxy: once it has written its rules and the agent is stopped, it gets every new connection. When
+    /// `fairlead flows` lists no connection that matters, `fairlead cleanup` removes the rest. A new start of the agent undoes it.
+    #[command(after_help = "Example:\n  fairlead drain && sleep 3600 && fairlead cleanup")]
+    Drain(pins::Folder),
     /// Remove every trace from the kernel: programs, links, maps, the folder
     ///
     /// Connections through Services break. Stop the agent first.
@@ -71,6 +77,7 @@ pub fn main() -> ExitCode {
             None => explain::run_pinned(&args),
         },
         Command::Preflight(args) => preflight::run(&args),
+        Command::Drain(folder) => folder.open().and_then(|_| crate::kernel::drain::drain(&folder.bpffs)),
         Command::Cleanup(folder) => crate::kernel::cleanup::cleanup(&folder.bpffs),
         Command::Version => {
             print_version();

@@ -6,6 +6,7 @@
 pub mod cleanup;
 mod counters;
 pub mod devices;
+pub mod drain;
 pub mod folder;
 pub mod kube_proxy;
 pub mod links;

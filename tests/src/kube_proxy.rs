@@ -4,8 +4,10 @@
 use std::fs::{self, File};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use serde_json::json;
 
 use crate::control_plane::{ControlPlane, parts};
@@ -44,6 +46,35 @@ impl KubeProxy {
         command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log).process_group(0);
         Ok(Self { process: command.spawn().context("starting kube-proxy")? })
     }
+
+    /// Its process.
+    pub fn pid(&self) -> u32 {
+        self.process.id()
+    }
+
+    /// Waits until its rules on the node name all of these addresses.
+    pub fn wait_written(&self, node: &Node, addresses: &[&str]) -> Result<()> {
+        let start = Instant::now();
+        loop {
+            let rules = rules(node)?;
+            let Some(missing) = addresses.iter().find(|address| !rules.contains(**address)) else { return Ok(()) };
+            if start.elapsed() > Duration::from_secs(60) {
+                bail!("kube-proxy's rules don't name {missing}:\n{rules}");
+            }
+            thread::sleep(Duration::from_millis(100));
+        }
+    }
+}
+
+/// Every rule of netfilter on a node that kube-proxy may have written, whichever mode it is in.
+pub fn rules(node: &Node) -> Result<String> {
+    let mut text = String::new();
+    for (program, arguments) in
+        [("iptables-save", &["-t", "nat"][..]), ("ip6tables-save", &["-t", "nat"]), ("nft", &["list", "ruleset"])]
+    {
+        text += &node.netns.exec(program, arguments)?;
+    }
+    Ok(text)
 }
 
 impl Drop for KubeProxy {

@@ -2,15 +2,18 @@
 
 #![expect(clippy::unwrap_used, reason = "a helper of a test fails as the test does")]
 
+use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr, TcpStream};
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use tests::cluster::{By, Cluster, TARGET, addressed, one_service_a_kind};
 use tests::command;
-use tests::manifest::{Service, node_object};
+use tests::kube_proxy::{self, CLUSTER_CIDR};
+use tests::manifest::{PodObject, Service, node_object};
 use tests::traffic::client::{ask_on, echo_on};
 use tests::traffic::socket::connect_tcp;
-use tests::{Agent, Lab, Protocol, Topology};
+use tests::{Agent, Client, ControlPlane, KubeProxy, Lab, Protocol, Topology};
 
 /// DNAT of connections as kube-proxy's rules do it.
 fn translate(lab: &Lab, rules: &[(SocketAddr, SocketAddr)]) {
@@ -136,4 +139,151 @@ fn a_masquerade_port_that_the_node_itself_uses_towards_the_endpoint_is_not_taken
             echo_on(stream, 100, 7).unwrap();
         }
     }
+}
+
+/// A way by which connections come to an endpoint.
+struct Way {
+    name: &'static str,
+    client: Client,
+    by: By,
+    number: u16,
+    /// Whether the endpoint sees another address than the client's; `None` where both are the node's.
+    masqueraded: Option<bool>,
+}
+
+/// Both families of each, and that often: 200 connections.
+const EACH: usize = 10;
+
+fn ways(lab: &Lab) -> [Way; 10] {
+    let (own, other) = (lab.client(lab.pod(1, 1)), lab.client(lab.pod(1, 2)));
+    let (node, outside) = (lab.host_client(lab.node(1)), lab.outside_client());
+    [
+        ("pod, ClusterIP, endpoint elsewhere", &other, By::ClusterIp, 12, Some(false)),
+        ("pod, ClusterIP, endpoint beside it", &other, By::ClusterIp, 11, Some(false)),
+        ("pod, ClusterIP, the pod itself", &own, By::ClusterIp, 11, Some(true)),
+        ("pod, NodePort", &other, By::NodePort(1), 12, Some(true)),
+        ("outside, NodePort, endpoint elsewhere", &outside, By::NodePort(1), 12, Some(true)),
+        ("outside, NodePort, endpoint on the node", &outside, By::NodePort(1), 11, Some(true)),
+        ("outside, NodePort, policy Local", &outside, By::NodePort(1), 16, Some(false)),
+        ("outside, LoadBalancer", &outside, By::LoadBalancer, 12, Some(true)),
+        ("outside, LoadBalancer, policy Local", &outside, By::LoadBalancer, 16, Some(false)),
+        ("node, ClusterIP", &node, By::ClusterIp, 12, None),
+    ]
+    .map(|(name, client, by, number, masqueraded)| Way { name, client: client.clone(), by, number, masqueraded })
+}
+
+/// Connections by every way, each of which has carried something and is as the way says.
+fn open_all(ways: &[Way]) -> Vec<(&'static str, TcpStream)> {
+    let mut streams = Vec::new();
+    for way in ways {
+        for to in way.by.addresses(way.number) {
+            for _ in 0..EACH {
+                let mut stream = way.client.connect(to).unwrap_or_else(|error| panic!("{} {to}: {error}", way.name));
+                let answer = ask_on(&mut stream).unwrap_or_else(|error| panic!("{} {to}: {error}", way.name));
+                assert_eq!(answer.by, if way.number == 12 { "p2-1" } else { "p1-1" }, "{} {to}", way.name);
+                if let Some(masqueraded) = way.masqueraded {
+                    let own = answer.from.ip() == stream.local_addr().unwrap().ip();
+                    assert_eq!(!own, masqueraded, "{} {to}: seen as {}", way.name, answer.from);
+                }
+                streams.push((way.name, stream));
+            }
+        }
+    }
+    streams
+}
+
+/// How many connections of each way carry nothing any more.
+fn broken(streams: &mut [(&'static str, TcpStream)]) -> BTreeMap<&'static str, usize> {
+    let results: Vec<(&'static str, bool)> = thread::scope(|scope| {
+        let workers: Vec<_> = streams
+            .iter_mut()
+            .map(|(name, stream)| scope.spawn(|| (*name, echo_on(stream, 3000, 7).is_ok())))
+            .collect();
+        workers.into_iter().map(|worker| worker.join().unwrap()).collect()
+    });
+    let mut broken = BTreeMap::new();
+    for (name, _) in results.into_iter().filter(|(_, good)| !good) {
+        *broken.entry(name).or_insert(0) += 1;
+    }
+    broken
+}
+
+/// kube-proxy → Fairlead → kube-proxy, as `docs/install.md` says it.
+fn there_and_back(mode: &str) {
+    let lab = Lab::new(Topology { cni_rules: true, ..Topology::default() });
+    let _servers: Vec<_> = lab.pods().map(|pod| lab.serve(pod, TARGET)).collect();
+    let plane = ControlPlane::start(&lab);
+    let api = plane.api();
+    for (number, app) in [(11, "p1-1"), (12, "p2-1"), (16, "p1-1")] {
+        let policy = if number == 16 { "Local" } else { "Cluster" };
+        let service = Service::new(&format!("s{number}")).selector("app", app).spec("externalTrafficPolicy", policy);
+        api.put(addressed(service, number));
+    }
+    for pod in lab.pods() {
+        api.put(PodObject::of(pod).label("app", &pod.name));
+    }
+    api.until("/apis/discovery.k8s.io/v1/namespaces/default/endpointslices", |list| {
+        let slices = list["items"].as_array().into_iter().flatten();
+        slices.filter(|slice| slice["endpoints"][0]["conditions"]["ready"] == true).count() >= 6
+    });
+    let node = lab.node(1);
+    let addresses = [11, 12, 16].map(|number| By::LoadBalancer.addresses(number).map(|to| to.ip().to_string()));
+    let addresses: Vec<&str> = addresses.iter().flatten().map(String::as_str).collect();
+    let ways = ways(&lab);
+
+    let first = KubeProxy::start(&lab, node, &plane, mode).unwrap();
+    first.wait_written(node, &addresses).unwrap();
+    let mut of_kube_proxy = open_all(&ways);
+    assert_eq!(of_kube_proxy.len(), 200);
+    drop(first);
+
+    let proxy_mode = format!("--proxy-mode={mode}");
+    let cidr = format!("--cluster-cidr={CLUSTER_CIDR}");
+    let flags = [&*proxy_mode, &*cidr, "--detect-local-mode=ClusterCIDR"];
+    let mut agent = Agent::start_on_api_server(&lab, node, &plane.kubeconfig("proxy"), &flags);
+    let start = Instant::now();
+    while addresses.iter().any(|address| kube_proxy::rules(node).unwrap().contains(address)) {
+        assert!(start.elapsed() < Duration::from_secs(10), "kube-proxy's rules are still there");
+        thread::sleep(Duration::from_millis(50));
+    }
+    assert_eq!(broken(&mut of_kube_proxy), BTreeMap::new(), "kube-proxy's, once Fairlead is there");
+    let mut of_fairlead = open_all(&ways);
+
+    agent.terminate();
+    let second = KubeProxy::start(&lab, node, &plane, mode).unwrap();
+    second.wait_written(node, &addresses).unwrap();
+    assert_eq!(broken(&mut of_fairlead), BTreeMap::new(), "Fairlead's, while its data plane is there");
+    assert_eq!(broken(&mut of_kube_proxy), BTreeMap::new(), "kube-proxy's, while Fairlead's data plane is there");
+    let output = agent.cli(&["drain"]);
+    assert!(output.status.success(), "fairlead drain: {}", String::from_utf8_lossy(&output.stderr));
+    let mut of_second = open_all(&ways);
+    for (whose, streams) in
+        [("Fairlead's", &mut of_fairlead), ("kube-proxy's", &mut of_kube_proxy), ("the second's", &mut of_second)]
+    {
+        assert_eq!(broken(streams), BTreeMap::new(), "{whose}, once drained");
+    }
+    let flows = agent.cli_json(&["flows"]);
+    assert_eq!(
+        flows.as_array().unwrap().len(),
+        180,
+        "Fairlead's own, without those of the node's sockets, and no others"
+    );
+    agent.cleanup();
+    for (whose, streams) in [("kube-proxy's", &mut of_kube_proxy), ("the second's", &mut of_second)] {
+        assert_eq!(broken(streams), BTreeMap::new(), "{whose}, once Fairlead is gone");
+    }
+    // As docs/install.md says: whoever doesn't wait loses the connections of pods and of clients outside.
+    let lost: BTreeMap<_, _> = ways.iter().filter(|way| way.masqueraded.is_some()).map(|way| (way.name, 20)).collect();
+    assert_eq!(broken(&mut of_fairlead), lost, "Fairlead's, once it is gone");
+    let _ = open_all(&ways);
+}
+
+#[test]
+fn what_kube_proxy_in_iptables_mode_connected_goes_on_there_and_back() {
+    there_and_back("iptables");
+}
+
+#[test]
+fn what_kube_proxy_in_nftables_mode_connected_goes_on_there_and_back() {
+    there_and_back("nftables");
 }

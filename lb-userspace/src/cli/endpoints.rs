@@ -110,3 +110,30 @@ fn lines(rows: &[Row]) -> Table {
     }
     list
 }
+
+#[cfg(test)]
+mod tests {
+    use lb_common::layout::{Frontend, FrontendKey, Range};
+
+    use super::*;
+
+    #[test]
+    fn endpoints_in_ranges_are_chosen_however_long_a_damaged_one_says_it_is() {
+        for (ranges, want) in [
+            (&[(0, 2), (4, 1)][..], &[10, 11, 14][..]),
+            (&[(3, 2), (0, 4), (3, 1)], &[10, 11, 12, 13, 14]),
+            (&[(0, 0), (9, 0)], &[]),
+            (&[(3, u32::MAX)], &[13, 14, 15, 99]),
+            (&[(u32::MAX, u32::MAX), (6, 1000)], &[]),
+        ] {
+            let mut memory = Memory::default();
+            memory.slots.extend([(0, 10), (1, 11), (2, 12), (3, 13), (4, 14), (5, 15), (u32::MAX - 1, 99)]);
+            for (number, (offset, len)) in (0..).zip(ranges) {
+                let key = FrontendKey::any_port(lb_common::addr::Addr::from_v4_word(number));
+                let external = Range { offset: *offset, len: *len };
+                memory.frontends.insert(key, Frontend { external, ..Frontend::default() });
+            }
+            assert_eq!(chosen(&memory).into_iter().collect::<Vec<_>>(), want, "{ranges:?}");
+        }
+    }
+}

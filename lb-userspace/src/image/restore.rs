@@ -26,7 +26,7 @@ impl Image {
         image.restore_frontends(&mut ports);
         for key in &image.memory.source_ranges {
             if let Some((_, state)) = ports.get_mut(&key.service) {
-                state.source_ranges.get_or_insert_with(*key, || ());
+                state.source_ranges.insert(*key);
             }
         }
         for bit in image.memory.frontend_bits.iter() {
@@ -44,8 +44,8 @@ impl Image {
         image
     }
 
-    /// Service ports by id; of two ids with one name, the first. Tables are as long as the largest id that is used, so that
-    /// absurd ones are not.
+    /// Service ports by id; of two ids with one name, the first. What counts by id is as long as the largest one that is used,
+    /// so absurd ones are not.
     fn named_ports(&self) -> BTreeMap<u32, (PortName, PortState)> {
         let mut names = BTreeSet::new();
         let decoded = self.memory.services.iter().filter(|(id, _)| (1..MOST_IDS).contains(id));
@@ -62,70 +62,112 @@ impl Image {
             }
             self.endpoint_bits.add(bit_index(&endpoint.addr, endpoint.port));
             if let Some((_, state)) = ports.get_mut(&endpoint.service).filter(|_| id != 0) {
-                state.endpoints.get_or_insert_with((endpoint.addr, endpoint.port), || id);
+                state.endpoints.push(id);
             }
+        }
+        let key = |id: &mut u32| self.memory.endpoints.get(id).map(|endpoint| (endpoint.addr, endpoint.port));
+        for (_, state) in ports.values_mut() {
+            // Of two ids with one address and port, the first: sorting leaves them in their order.
+            state.endpoints.sort_by_key(|id| key(&mut id.clone()));
+            state.endpoints.dedup_by_key(key);
         }
     }
 
     fn restore_frontends(&mut self, ports: &mut BTreeMap<u32, (PortName, PortState)>) {
+        let runs = self.runs(ports);
+        let mut named = BTreeSet::new();
         for (key, frontend) in &self.memory.frontends {
             self.frontend_bits.add(bit_index(&key.addr, key.port));
             let Some((_, state)) = ports.get_mut(&frontend.service) else { continue };
-            state.frontends.get_or_insert_with(*key, || ());
-            for range in [frontend.internal, frontend.external].into_iter().filter(|range| range.len != 0) {
-                if let Some(ids) = self.content(&range, state) {
-                    state.ranges.get_or_insert_with(ids, || range);
-                }
+            state.frontends.insert(*key);
+            let ranges = [frontend.internal, frontend.external].into_iter().filter(|range| range.len != 0);
+            named.extend(ranges.filter(|range| runs.hold(range, state.id)).map(|it| (it.offset, it.len, state.id)));
+        }
+        // Ranges of damaged entries are not held: what a plan writes for those frontends is elsewhere. What is left doesn't
+        // overlap, so that reading it takes no longer than there are slots.
+        let (_, strange) = Slots::restore(named.iter().map(|(offset, len, _)| (*offset, *len)));
+        let mut contents = BTreeSet::new();
+        for (offset, len, service) in named.into_iter().filter(|(offset, len, _)| !strange.contains(&(*offset, *len))) {
+            let ids: Vec<u32> =
+                (offset..offset + len).filter_map(|slot| self.memory.slots.get(&slot).copied()).collect();
+            if let Some((_, state)) = ports.get_mut(&service)
+                && contents.insert((service, ids))
+            {
+                state.ranges.push(Range { offset, len });
             }
         }
-        // Ranges of damaged entries are not held: what a plan writes for those frontends is elsewhere.
-        let used = ports.values().flat_map(|(_, state)| state.ranges.values()).map(|range| (range.offset, range.len));
-        let (slots, strange) = Slots::restore(&used.collect());
-        self.slots = slots;
-        for (_, state) in ports.values_mut() {
-            state.ranges.extract(|_, range| strange.contains(&(range.offset, range.len)));
-        }
+        let held = ports.values().flat_map(|(_, state)| &state.ranges).map(|range| (range.offset, range.len));
+        self.slots = Slots::restore(held.collect::<BTreeSet<_>>()).0;
     }
 
-    /// The endpoint ids in a range, if all of them belong to the Service port.
-    fn content(&self, range: &Range, state: &PortState) -> Option<Box<[u32]>> {
-        // No endpoint is twice in a range: a longer one is damaged, and may be as long as all slots.
-        if range.len as usize > state.endpoints.len() {
-            return None;
+    /// Slots in a row whose endpoints belong to one Service port.
+    fn runs(&self, ports: &BTreeMap<u32, (PortName, PortState)>) -> Runs {
+        let mut runs: Vec<Run> = Vec::new();
+        for (slot, id) in self.memory.slots.iter() {
+            let owner = self.memory.endpoints.get(id).and_then(|endpoint| {
+                let (_, state) = ports.get(&endpoint.service)?;
+                let place = state.find_endpoint(&self.memory, &(endpoint.addr, endpoint.port)).ok()?;
+                (state.endpoints[place] == *id).then_some(endpoint.service)
+            });
+            let slot = u64::from(slot);
+            match (owner, runs.last_mut()) {
+                (Some(owner), Some(run)) if run.owner == owner && run.end == slot => run.end += 1,
+                (Some(owner), _) => runs.push(Run { start: slot, end: slot + 1, owner }),
+                (None, _) => {}
+            }
         }
-        let own = |id: &u32| {
-            let endpoint = self.memory.endpoints.get(id);
-            endpoint.is_some_and(|endpoint| state.endpoints.get(&(endpoint.addr, endpoint.port)) == Some(*id))
-        };
-        (range.offset..range.offset.checked_add(range.len)?)
-            .map(|slot| self.memory.slots.get(&slot).copied().filter(own))
-            .collect()
+        Runs(runs)
     }
 
     /// Removes what belongs to no Service port.
     pub(super) fn remove_strays(&mut self, now: u64, writes: &mut Writes) {
-        let owned: BTreeSet<FrontendKey> =
-            self.ports.values().flat_map(|state| state.frontends.keys().copied()).collect();
-        let stray = |key: &&FrontendKey| **key != FrontendKey::any_port(key.addr) && !owned.contains(key);
+        let owned = sorted(self.ports.values().flat_map(|state| state.frontends.iter().copied()));
+        let is_owned = |key: &FrontendKey| owned.binary_search(key).is_ok();
+        let stray = |key: &&FrontendKey| **key != FrontendKey::any_port(key.addr) && !is_owned(key);
         for key in self.memory.frontends.keys().filter(stray).copied().collect::<Vec<_>>() {
             self.remove_frontend(key, now, writes);
         }
-        let ids: BTreeSet<u32> = self.ports.values().map(|state| state.id).collect();
-        for key in
-            self.memory.source_ranges.iter().filter(|key| !ids.contains(&key.service)).copied().collect::<Vec<_>>()
-        {
+        let ids = sorted(self.ports.values().map(|state| state.id));
+        let is_stray = |id: &u32| ids.binary_search(id).is_err();
+        for key in self.memory.source_ranges.iter().filter(|key| is_stray(&key.service)).copied().collect::<Vec<_>>() {
             put(&mut self.memory, &mut writes.removed, Write::RemoveSourceRange(key));
         }
-        let endpoints: BTreeSet<u32> = self.ports.values().flat_map(|state| state.endpoints.values()).collect();
-        for id in self.memory.endpoints.keys().filter(|id| !endpoints.contains(id)).collect::<Vec<_>>() {
+        let endpoints = sorted(self.ports.values().flat_map(|state| state.endpoints.iter().copied()));
+        for id in self.memory.endpoints.keys().filter(|id| endpoints.binary_search(id).is_err()).collect::<Vec<_>>() {
             self.remove_endpoint(id, now, writes);
         }
-        for id in self.memory.services.keys().filter(|id| !ids.contains(id)).collect::<Vec<_>>() {
+        for id in self.memory.services.keys().filter(is_stray).collect::<Vec<_>>() {
             put(&mut self.memory, &mut writes.removed, Write::RemoveService(id));
-            self.service_ids.rest(id, now);
+            self.strays.insert(id);
         }
-        for id in std::mem::take(&mut self.strays) {
+        for id in std::mem::take(&mut self.strays).into_iter().filter(|id| *id < MOST_IDS) {
             self.service_ids.rest(id, now);
         }
     }
+}
+
+/// Slots in a row whose endpoints belong to one Service port.
+struct Run {
+    start: u64,
+    end: u64,
+    owner: u32,
+}
+
+/// Runs in their order.
+struct Runs(Vec<Run>);
+
+impl Runs {
+    /// Whether all of a range is a Service port's. Its length may be that of nothing sane, and costs nothing.
+    fn hold(&self, range: &Range, owner: u32) -> bool {
+        let (start, end) = (u64::from(range.offset), u64::from(range.offset) + u64::from(range.len));
+        let before = self.0.partition_point(|run| run.start <= start);
+        self.0[..before].last().is_some_and(|run| run.owner == owner && run.end >= end)
+    }
+}
+
+/// A sorted list: a tree of that many numbers would take several times the room.
+fn sorted<T: Ord>(elements: impl Iterator<Item = T>) -> Vec<T> {
+    let mut elements: Vec<T> = elements.collect();
+    elements.sort_unstable();
+    elements
 }

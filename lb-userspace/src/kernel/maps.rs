@@ -283,4 +283,12 @@ mod tests {
         let memory = Memory { slots: [(70_000, 1)].into(), ..Memory::default() };
         assert_eq!(Capacity::of(&memory).needs(Table::Slots), 70_001);
     }
+
+    #[test]
+    fn an_absurd_id_makes_no_large_table_of_counters() {
+        let mut memory = Memory::default();
+        memory.services.extend([1, 700, MOST_IDS, u32::MAX].map(|id| (id, [0; lb_common::layout::SERVICE_NAME_LEN])));
+        let capacity = Capacity::of(&memory);
+        assert_eq!([Table::ServiceCounters, Table::Services].map(|table| capacity.needs(table)), [701, 4]);
+    }
 }

@@ -3,9 +3,11 @@
 //! In: YAML or JSON, with several documents and lists. Out: [`Parsed`]: the objects, and a [`Problem`] for each one that can't be
 //! used. A bad document costs itself and no other.
 
+mod yaml;
+
 use std::{
     path::Path,
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 use serde::{Deserialize, Deserializer, de::DeserializeOwned};
@@ -142,7 +144,7 @@ struct Place {
 
 impl Parser<'_> {
     fn json(&mut self, bytes: &[u8]) {
-        let Some(text) = self.text(bytes) else { return };
+        let Some(text) = self.text(bytes, 0) else { return };
         for document in serde_json::Deserializer::from_str(text).into_iter::<&RawValue>() {
             match document {
                 Ok(document) => self.object(&document, &Place::default()),
@@ -152,38 +154,22 @@ impl Parser<'_> {
         }
     }
 
-    fn text<'a>(&mut self, bytes: &'a [u8]) -> Option<&'a str> {
-        let text = std::str::from_utf8(bytes);
-        text.map_err(|error| self.unidentified(format!("{error}; save the file as UTF-8"))).ok()
+    /// The text of bytes that stand behind so many lines.
+    fn text<'a>(&mut self, bytes: &'a [u8], lines: usize) -> Option<&'a str> {
+        let text = str::from_utf8(bytes);
+        text.map_err(|error| {
+            let line = 1 + lines + bytes[..error.valid_up_to()].iter().filter(|byte| **byte == b'\n').count();
+            self.unidentified(format!("no UTF-8 (line {line}); save the file as UTF-8"));
+        })
+        .ok()
     }
 
     fn yaml(&mut self, bytes: &[u8]) {
-        for (line, document) in documents(bytes) {
-            let Some(document) = self.text(document) else {
-                self.document += 1;
-                continue;
-            };
-            // The file is the operator's own, and may be as large as the cluster. What is said by `&` and `*` may be said many
-            // times over, and is held to the usual measure.
-            let budget = serde_saphyr::budget! {
-                max_events: usize::MAX,
-                max_nodes: usize::MAX,
-                max_total_scalar_bytes: usize::MAX,
-                max_depth: 128,
-                enforce_alias_anchor_ratio: false,
-            };
-            let options = serde_saphyr::options! { budget: budget, with_snippet: false };
-            match serde_saphyr::from_str_with_options::<Value>(document, options) {
-                Ok(Value::Null) => {}
-                Ok(value) => self.object(&value, &Place::default()),
-                Err(error) => {
-                    let at = error.location().map_or_else(String::new, |at| {
-                        format!(" (line {}, column {})", at.line() + line as u64, at.column())
-                    });
-                    let text = error.without_snippet().to_string();
-                    let text = text.lines().next().unwrap_or_default();
-                    self.unidentified(format!("{text}{at}; correct the YAML"));
-                }
+        for (line, document) in yaml::documents(bytes) {
+            match self.text(document, line).map(|text| yaml::value(text, line)) {
+                None | Some(Ok(Value::Null)) => {}
+                Some(Ok(value)) => self.object(&value, &Place::default()),
+                Some(Err(message)) => self.unidentified(message),
             }
             self.document += 1;
         }
@@ -228,11 +214,8 @@ impl Parser<'_> {
             self.parsed.skipped += 1;
             return;
         };
-        let name = object::Metadata {
-            name: metadata.name.unwrap_or_default(),
-            namespace: metadata.namespace.unwrap_or_default(),
-            ..object::Metadata::default()
-        };
+        let (namespace, name) = (metadata.namespace.unwrap_or_default(), metadata.name.unwrap_or_default());
+        let name = object::Metadata { name: ObjectName::new(&namespace, &name), ..object::Metadata::default() };
         let name = match known {
             Kind::Service | Kind::EndpointSlice | Kind::Pod => name.namespaced(),
             Kind::Node | Kind::ServiceCidr => name.cluster_wide(),
@@ -242,7 +225,13 @@ impl Parser<'_> {
             let message = format!("{api_version:?} is not read; write {:?}", known.api_version());
             return self.problem(Some((known, &name)), place, FieldError::new("apiVersion", message));
         }
-        if name.name.is_empty() {
+        if namespace.contains('/') {
+            self.parsed.unidentified = true;
+            let error =
+                FieldError::new("metadata.namespace", format!("{namespace:?} has a slash; write a namespace's name"));
+            return self.problem(Some((known, &name)), place, error);
+        }
+        if name.name().is_empty() {
             self.parsed.unidentified = true;
             let error = FieldError::new("metadata.name", "missing; give the object a name");
             return self.problem(Some((known, &name)), place, error);
@@ -311,12 +300,12 @@ fn read<T: Outline>(
         Kind::EndpointSlice => {
             let slice = outline.read().map_err(one)?;
             let (slice, errors) = SliceState::new(&slice, &mut lock(interner));
-            (Object::EndpointSlice(slice), errors)
+            (Object::EndpointSlice(Box::new(slice)), errors)
         }
         Kind::Pod => {
             let pod = outline.read().map_err(one)?;
             let (pod, errors) = PodState::new(&pod, &mut lock(interner));
-            (Object::Pod(pod), errors)
+            (Object::Pod(Arc::new(pod)), errors)
         }
         Kind::Node => {
             let node: object::Node = outline.read().map_err(one)?;
@@ -326,35 +315,7 @@ fn read<T: Outline>(
         Kind::ServiceCidr => {
             let cidr: object::ServiceCidr = outline.read().map_err(one)?;
             let errors = check::service_cidr(&cidr);
-            (Object::ServiceCidr(cidr), errors)
+            (Object::ServiceCidr(Box::new(cidr)), errors)
         }
-    })
-}
-
-/// The documents of a YAML stream that hold anything, with the number of lines before each. A line of `---` ends a document
-/// wherever it stands, so that a broken one doesn't hide the next.
-fn documents(bytes: &[u8]) -> Vec<(usize, &[u8])> {
-    let mut documents = Vec::new();
-    let (mut start, mut start_line, mut at) = (0, 0, 0);
-    for (number, line) in bytes.split_inclusive(|byte| *byte == b'\n').enumerate() {
-        let marker = line.strip_prefix(b"---").is_some_and(|rest| rest.first().is_none_or(u8::is_ascii_whitespace));
-        if marker && holds_anything(&bytes[start..at]) {
-            documents.push((start_line, &bytes[start..at]));
-            (start, start_line) = (at, number);
-        } else if marker {
-            (start, start_line) = (at, number);
-        }
-        at += line.len();
-    }
-    if holds_anything(&bytes[start..]) {
-        documents.push((start_line, &bytes[start..]));
-    }
-    documents
-}
-
-fn holds_anything(document: &[u8]) -> bool {
-    document.split(|byte| *byte == b'\n').any(|line| {
-        let line = line.strip_prefix(b"---").unwrap_or(line).trim_ascii();
-        !line.is_empty() && !line.starts_with(b"#") && line != b"..." && !line.starts_with(b"%")
     })
 }
