@@ -242,6 +242,7 @@ fn yaml_that_says_a_thing_a_billion_times_costs_its_document() {
     let merged: String = (0..20_000).map(|index| format!("k{index}:\n  <<: *a\n")).collect();
     for (name, text) in [
         ("lists of lists", ten_times(9)),
+        ("many small things", format!("a: &a [{}]\nb: [{}]\n", vec!["1"; 1000].join(","), aliases(1000))),
         ("much text", format!("a: &a {}\nb: [{}]\n", "x".repeat(1 << 20), aliases(9_000))),
         ("many times", format!("a: &a {}\nb: [{}]\n", "x".repeat(1000), aliases(1 << 20))),
         (
