@@ -1,6 +1,6 @@
 //! A small cluster with one of everything, as manifests, and an agent that has it.
 
-use std::{collections::BTreeMap, net::IpAddr};
+use std::{collections::BTreeMap, fmt, net::IpAddr};
 
 use fairlead::{
     image::{Image, Write},
@@ -109,7 +109,10 @@ pub fn agent(image: Image) -> (Pipeline, Vec<Write>) {
     };
     let mut pipeline = Pipeline::new(NODE, options, image);
     let local = Device { flags: device_flags::LOCAL_SOURCES, ..Device::default() };
-    let writes = pipeline.image_mut().set_devices(&BTreeMap::from([(1, local), (2, Device::default())]));
+    let mut writes = pipeline.image_mut().set_devices(&BTreeMap::from([(1, local), (2, Device::default())]));
+    writes.extend(pipeline.image_mut().set_terminates(false));
+    // No one but the first agent knows this: what is there is kept, and here it is nothing.
+    writes.extend(pipeline.image_mut().leave_mid_flow(0));
     pipeline.set_interfaces(["192.168.0.2", "fd00:c0::2"].map(|text| text.parse::<IpAddr>().unwrap()).to_vec());
     (pipeline, writes)
 }
@@ -129,5 +132,18 @@ pub fn assert_bits(there: &Memory, needed: &Memory) {
         [(&there.frontend_bits, &needed.frontend_bits), (&there.endpoint_bits, &needed.endpoint_bits)]
     {
         assert!(needed.iter().all(|bit| there.contains(&bit)), "a bit is missing");
+    }
+}
+
+/// Panics where two things are not the same, with what differs: both are long.
+pub fn assert_same<T: PartialEq + fmt::Debug>(is: &T, should_be: &T) {
+    if is != should_be {
+        let [is, should_be] = [is, should_be].map(|it| format!("{it:#?}"));
+        let (is, should_be): (Vec<&str>, Vec<&str>) = (is.lines().collect(), should_be.lines().collect());
+        let same = |(a, b): &(&&str, &&str)| a == b;
+        let start = is.iter().zip(&should_be).take_while(same).count();
+        let end = is.iter().rev().zip(should_be.iter().rev()).take_while(same).count();
+        let part = |lines: &[&str]| lines[start.saturating_sub(8)..(lines.len() - end).max(start)].join("\n");
+        panic!("is\n{}\nand should be\n{}", part(&is), part(&should_be));
     }
 }

@@ -14,7 +14,7 @@ use fairlead::{
 use serde_json::{Value, json};
 
 use crate::{
-    cluster::{agent, assert_bits, manifests, start},
+    cluster::{agent, assert_bits, assert_same, manifests, start},
     content::Content,
     input::Input,
 };
@@ -186,9 +186,9 @@ pub fn run(bytes: &[u8]) {
             pipeline.take(change);
         }
         pipeline.compile(now).iter().for_each(|write| write.apply(&mut kernel));
-        assert!(&kernel == pipeline.image().memory(), "the writes are the whole change");
+        assert_same(&kernel, pipeline.image().memory());
         let (fresh, _) = start(objects.values(), Image::default(), 0);
-        assert_eq!(Content::of(&kernel), Content::of(fresh.image().memory()));
+        assert_same(&Content::of(&kernel), &Content::of(fresh.image().memory()));
         assert_bits(&kernel, fresh.image().memory());
         for problem in pipeline.problems() {
             assert!(problem.to_string().contains("; "), "names no remedy: {problem}");

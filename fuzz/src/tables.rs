@@ -37,7 +37,7 @@ use lb_common::{
 use serde_json::Value;
 
 use crate::{
-    cluster::{assert_bits, manifests, start},
+    cluster::{assert_bits, assert_same, manifests, start},
     content::Content,
     input::Input,
 };
@@ -285,11 +285,11 @@ pub fn run(bytes: &[u8]) {
     let (mut pipeline, writes) = start(&*OBJECTS, Image::restore(memory, 10), 10);
     let mut look = |pipeline: &Pipeline, writes: Vec<Write>, whole: bool| {
         writes.iter().for_each(|write| write.apply(&mut kernel));
-        assert!(&kernel == pipeline.image().memory(), "the writes are the whole change");
+        assert_same(&kernel, pipeline.image().memory());
         let (content, fresh) = &*FRESH;
         let now = Content::of(&kernel);
         if whole {
-            assert_eq!(&now, content);
+            assert_same(&now, content);
             assert_bits(&kernel, fresh);
         }
         let required = pipeline.image().required();

@@ -34,7 +34,7 @@ enum Task {
     Test(test::Options),
     /// Check format, lints, the eBPF object and what is counted (root), or with --kernel the agent on other kernels
     Check(check::Options),
-    /// Look for inputs that make what reads packets fail, with libFuzzer
+    /// Look for inputs that make what reads packets, manifests or pinned maps fail, with libFuzzer
     Fuzz(fuzz::Options),
     /// A real control plane and agents on it, to look at (root)
     Cluster(cluster::Options),
