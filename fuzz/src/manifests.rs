@@ -100,7 +100,7 @@ fn odd(input: &mut Input<'_>) -> Value {
 fn change(value: &mut Value, input: &mut Input<'_>) {
     let how = input.byte();
     match value {
-        Value::Object(map) if how % 8 != 0 && !map.is_empty() => {
+        Value::Object(map) if how & 7 != 0 && !map.is_empty() => {
             let key = map.keys().nth(usize::from(input.byte()) % map.len()).cloned().unwrap_or_default();
             if how % 8 == 1 {
                 map.remove(&key);
@@ -108,7 +108,7 @@ fn change(value: &mut Value, input: &mut Input<'_>) {
                 change(inner, input);
             }
         }
-        Value::Array(list) if how % 8 != 0 && !list.is_empty() => {
+        Value::Array(list) if how & 7 != 0 && !list.is_empty() => {
             let at = usize::from(input.byte()) % list.len();
             match how % 8 {
                 1 => _ = list.remove(at),
@@ -116,7 +116,9 @@ fn change(value: &mut Value, input: &mut Input<'_>) {
                 _ => change(&mut list[at], input),
             }
         }
-        _ => *value = odd(input),
+        Value::Null | Value::Bool(_) | Value::Number(_) | Value::String(_) | Value::Array(_) | Value::Object(_) => {
+            *value = odd(input)
+        }
     }
 }
 
@@ -140,7 +142,7 @@ fn made(input: &mut Input<'_>) -> Vec<u8> {
     for _ in 0..(how >> 4) % 8 {
         let at = usize::from(input.u16()) % (text.len() + 1);
         let token = input.one_of(&TOKENS);
-        let end = if token.len() % 2 == 0 { at } else { text.len().min(at + 1) };
+        let end = if input.byte() & 1 == 0 { at } else { text.len().min(at + 1) };
         text.splice(at..end, token.iter().copied());
     }
     text

@@ -129,7 +129,7 @@ fn possible(table: Table, mut key: Vec<u8>) -> Vec<u8> {
         Table::Settings => 0,
         // The length of a prefix.
         Table::SourceRanges | Table::LocalCidrs | Table::ServiceCidrs => first % 161,
-        _ => first,
+        Table::Frontends | Table::Services | Table::NodeAddresses | Table::Devices | Table::ServiceCounters => first,
     };
     key[..4].copy_from_slice(&first.to_ne_bytes());
     key

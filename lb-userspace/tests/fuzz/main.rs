@@ -22,8 +22,7 @@ use proptest::{collection::vec, prelude::*, test_runner::FileFailurePersistence}
 #[test]
 fn inputs_that_once_failed_do_not() {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../fuzz/regressions");
-    let targets: [(&str, fn(&[u8])); 3] =
-        [("manifests", manifests::run), ("packet", packet::run), ("tables", tables::run)];
+    let targets = [("manifests", manifests::run as fn(&[u8])), ("packet", packet::run), ("tables", tables::run)];
     for (target, run) in targets {
         // There is no folder as long as nothing has failed.
         for file in fs::read_dir(folder.join(target)).into_iter().flatten() {
