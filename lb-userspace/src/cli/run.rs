@@ -387,7 +387,7 @@ fn log(args: &RunArgs, config: &Config) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use super::ports;
+    use super::{Mark, mark, ports};
 
     #[test]
     fn a_range_of_ports_is_read_or_refused() {
@@ -395,6 +395,28 @@ mod tests {
         assert_eq!(ports("2000-2000").unwrap(), (2000, 1));
         for wrong in ["", "61000", "61000-", "65095-61000", "80-90", "61000-70000"] {
             assert!(ports(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn a_mark_is_read_with_its_mask_or_refused() {
+        let cases = [
+            ("0x80/0x80", Some((0x80, 0x80))),
+            ("128/0xf0", Some((0x80, 0xf0))),
+            ("0/0x80", Some((0, 0x80))),
+            ("5", Some((5, u32::MAX))),
+            ("0x1/0xffffffff", Some((1, u32::MAX))),
+            ("", None),
+            ("/0x80", None),
+            ("0x80/", None),
+            ("0x80/0", None),
+            ("0x81/0x80", None),
+            ("-1", None),
+            ("0x100000000", None),
+            ("mark", None),
+        ];
+        for (text, expected) in cases {
+            assert_eq!(mark(text).ok(), expected.map(|(value, mask)| Mark { value, mask }), "{text:?}");
         }
     }
 }
