@@ -52,14 +52,16 @@ fn answers_to_clients_outside_are_told_from_all_others() {
                 let mut request = frame(case.client(), case.service(), segment);
                 let mut scratch = Scratch::NEW;
                 let answer = frame(case.endpoint(), case.client(), segment);
-                let is_marked =
-                    |machine: &mut Machine| super::answers_outside(&answer, &hook, &mut Scratch::NEW, machine);
-                assert!(!is_marked(&mut machine), "{case:?}: a packet of no connection");
+                let is_marked = |answer: &Vec<u8>, machine: &mut Machine| {
+                    let mut scratch = Scratch::NEW;
+                    super::answers_outside(answer, &hook, &mut scratch, machine)
+                };
+                assert!(!is_marked(&answer, &mut machine), "{case:?}: a packet of no connection");
                 ingress(&mut request, &hook, &mut scratch, &mut machine);
                 egress(&mut request, &Hook { translated: true, ..hook }, &mut scratch, &mut machine);
-                assert_eq!(is_marked(&mut machine), expected, "{case:?} {local} {masquerades}");
+                assert_eq!(is_marked(&answer, &mut machine), expected, "{case:?} {local} {masquerades}");
                 let stranger = frame("10.9.9.9:1".parse().unwrap(), "10.9.9.8:2".parse().unwrap(), segment);
-                assert!(!super::answers_outside(&stranger, &hook, &mut Scratch::NEW, &mut machine));
+                assert!(!is_marked(&stranger, &mut machine));
             }
         }
     }
@@ -207,12 +209,12 @@ fn ends(frame: &[u8]) -> (SocketAddr, SocketAddr) {
 
 fn enter(machine: &mut Machine, frame: &mut Vec<u8>) -> Action {
     let hook = Hook { device: 3, link_header: 14, v6: frame[12] == 0x86, translated: false, from_node: false };
-    ingress(frame, &hook, &mut Scratch::NEW, machine)
+    ingress(frame, &hook, &mut Scratch::NEW.clone(), machine)
 }
 
 fn leave(machine: &mut Machine, frame: &mut Vec<u8>) -> Action {
     let hook = Hook { device: UPLINK, link_header: 14, v6: frame[12] == 0x86, translated: false, from_node: false };
-    egress(frame, &hook, &mut Scratch::NEW, machine)
+    egress(frame, &hook, &mut Scratch::NEW.clone(), machine)
 }
 
 /// A frame through the host, in by one device and out by another: what leaves.
@@ -353,7 +355,7 @@ fn a_request_that_a_bridge_shows_again_keeps_its_flow() {
             let mut packet = frame(V4.client(), V4.service(), segment);
             enter(&mut machine, &mut packet);
             let hook = Hook { device: 4, link_header: 14, v6: false, translated: true, from_node: false };
-            let action = ingress(&mut packet, &hook, &mut Scratch::NEW, &mut machine);
+            let action = ingress(&mut packet, &hook, &mut Scratch::NEW.clone(), &mut machine);
             assert_eq!(action, Action::Next(Reason::NotService));
             let answer = if matches!(segment, Segment::Udp) { Segment::Udp } else { SYN_ACK };
             assert_eq!(cross(&mut machine, V4.endpoint(), V4.client(), answer), (V4.service(), V4.client()));
@@ -483,7 +485,7 @@ fn what_the_policy_drops_does_not_leave_the_node_by_its_own_processes() {
                     let before = packet.clone();
                     let v6 = packet[12] == 0x86;
                     let hook = Hook { device: UPLINK, link_header: 14, v6, translated: false, from_node };
-                    let action = egress(&mut packet, &hook, &mut Scratch::NEW, &mut machine);
+                    let action = egress(&mut packet, &hook, &mut Scratch::NEW.clone(), &mut machine);
                     let wanted = match expected.filter(|_| opens && from_node) {
                         Some(reason) => Action::Drop(reason),
                         None => Action::Next(Reason::NotService),
@@ -585,7 +587,7 @@ proptest! {
         let before = packet.clone();
         let hook = Hook { device: UPLINK, link_header: 14, v6, translated: false, from_node: false };
         let run = if out { egress::<Vec<u8>, Machine> } else { ingress };
-        let action = run(&mut packet, &hook, &mut Scratch::NEW, &mut machine);
+        let action = run(&mut packet, &hook, &mut Scratch::NEW.clone(), &mut machine);
         if action.reason().verdict() == Verdict::Pass {
             prop_assert_eq!(packet, before);
         }
