@@ -1,13 +1,13 @@
 //! The command line: what people type, and what they get to see.
 
 mod completions;
-mod endpoints;
+pub mod endpoints;
 pub mod explain;
-mod flows;
-mod pins;
+pub mod flows;
+pub mod pins;
 mod preflight;
 mod run;
-mod services;
+pub mod services;
 mod status;
 mod table;
 

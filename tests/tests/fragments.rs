@@ -62,7 +62,7 @@ fn overtakers(cluster: &Cluster) -> u64 {
 }
 
 fn fragments_without_first(agent: &Agent) -> u64 {
-    agent.cli_json(&["status"])["packets"]["fragment_without_first"].as_u64().unwrap()
+    agent.cli_json(&["status"])["packets"]["fragment_without_first"].as_u64().expect("`fairlead status` has this count")
 }
 
 #[test]

@@ -164,16 +164,37 @@ impl Manifests {
     }
 }
 
+/// The manifests of a folder that nobody watches: they are read when somebody asks.
+pub struct Unwatched {
+    folder: Folder,
+    store: Store,
+    first: bool,
+}
+
+impl Unwatched {
+    /// The manifests of a folder. Nothing is read yet.
+    ///
+    /// # Errors
+    ///
+    /// When there is no such folder.
+    pub fn open(dir: &Path) -> anyhow::Result<Self> {
+        Ok(Self { folder: Folder::new(existing(dir)?, None), store: Store::default(), first: true })
+    }
+
+    /// The changes since the last time; everything, the first time.
+    pub fn read(&mut self) -> Update {
+        let unreadable = first_scan(&mut self.folder, &mut self.store);
+        Update { first: std::mem::take(&mut self.first), ..self.store.take(&unreadable) }
+    }
+}
+
 /// Reads a folder once.
 ///
 /// # Errors
 ///
 /// When there is no such folder.
 pub fn read_all(dir: &Path) -> anyhow::Result<Update> {
-    let mut folder = Folder::new(existing(dir)?, None);
-    let mut store = Store::default();
-    let unreadable = first_scan(&mut folder, &mut store);
-    Ok(Update { first: true, ..store.take(&unreadable) })
+    Ok(Unwatched::open(dir)?.read())
 }
 
 fn existing(dir: &Path) -> anyhow::Result<PathBuf> {
