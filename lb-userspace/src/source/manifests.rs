@@ -16,7 +16,10 @@ use notify::{
     Event, EventKind,
     event::{AccessKind, AccessMode, ModifyKind, RenameMode},
 };
-use tokio::sync::mpsc;
+use tokio::{
+    sync::mpsc,
+    time::{Instant, timeout_at},
+};
 
 use super::{
     Problem, Update,
@@ -89,8 +92,10 @@ impl Manifests {
                 self.pending.push(signal);
             }
             self.drain();
-            if self.pending.iter().any(is_gone) {
-                tokio::time::sleep(RETURN).await;
+            let patience = Instant::now() + RETURN;
+            while self.pending.iter().any(|signal| self.is_gone(signal)) {
+                let Ok(signal) = timeout_at(patience, self.events.recv()).await else { break };
+                self.pending.push(signal?);
                 self.drain();
             }
             let signals = std::mem::take(&mut self.pending);
@@ -102,6 +107,18 @@ impl Manifests {
                 return Some(update);
             }
         }
+    }
+
+    /// Whether a name behind which there were objects stands for nothing now. For others, such as the one that a file had before it
+    /// was complete, nobody has to wait.
+    fn is_gone(&self, signal: &Signal) -> bool {
+        let Signal::Name(path) = signal else { return false };
+        let mattered = self.store.knows(path)
+            || self.folder.contains(path)
+            || self.folder.leads_to_root(path)
+            || self.folder.links_to(path).next().is_some()
+            || path.file_name().is_some_and(|name| name == "..data");
+        mattered && fs::symlink_metadata(path).is_err()
     }
 
     fn drain(&mut self) {
@@ -178,11 +195,6 @@ impl Unwatched {
 /// When there is no such folder.
 pub fn read_all(dir: &Path) -> anyhow::Result<Update> {
     Ok(Unwatched::open(dir)?.read())
-}
-
-/// Whether a name that mattered stands for nothing now.
-fn is_gone(signal: &Signal) -> bool {
-    matches!(signal, Signal::Name(path) if fs::symlink_metadata(path).is_err())
 }
 
 fn existing(dir: &Path) -> anyhow::Result<PathBuf> {
