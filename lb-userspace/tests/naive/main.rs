@@ -3,6 +3,7 @@
 
 #![cfg(test)]
 
+mod clients;
 #[path = "../shared/content.rs"]
 mod content;
 #[path = "../shared/objects.rs"]
@@ -15,6 +16,7 @@ use std::{
     net::{IpAddr, SocketAddr},
 };
 
+use clients::{Clients, Remembered};
 use content::Content;
 use fairlead::{
     image::{FLOW_LIFE, Image},
@@ -23,8 +25,9 @@ use fairlead::{
     plan::node::{LocalDetector, NodeOptions, ProxyMode},
 };
 use lb_common::{
-    addr::Port,
-    decide::{Class, Decision, Question, classify, decide},
+    addr::{Addr, Port},
+    affinity::{AffinityKey, namespace_client},
+    decide::{Choice, Class, Decision, Question, classify, decide},
     layout::{Device, device_flags, protocol},
     memory::Memory,
 };
@@ -85,6 +88,7 @@ struct World {
     objects: BTreeMap<(Kind, ObjectName), Value>,
     pipeline: Pipeline,
     kernel: Memory,
+    clients: Remembered,
     now: u64,
 }
 
@@ -93,7 +97,7 @@ impl World {
         let mut pipeline = pipeline(&node, Image::default());
         pipeline.compile(0);
         let kernel = pipeline.image().memory().clone();
-        Self { node, objects: BTreeMap::new(), pipeline, kernel, now: 0 }
+        Self { node, objects: BTreeMap::new(), pipeline, kernel, clients: Remembered::default(), now: 0 }
     }
 
     fn step(&mut self, ops: &[Op]) {
@@ -114,6 +118,7 @@ impl World {
                     self.pipeline.set_interfaces(addresses.clone());
                 }
                 Op::Wait(seconds) => self.now += seconds,
+                Op::Connect(_) => {}
                 Op::Restart => {
                     let image = Image::restore(self.kernel.clone(), self.now);
                     self.pipeline = start(&self.node, self.objects.values(), image, self.now);
@@ -163,9 +168,8 @@ fn packets() -> impl Iterator<Item = Packet> {
     })
 }
 
-/// What the tables do with a packet, every endpoint of the range tried.
-fn fate(memory: &Memory, packet: &Packet) -> Fate {
-    let question = Question {
+fn question(packet: &Packet) -> Question {
+    Question {
         src: packet.from.into(),
         dst: packet.to.into(),
         dport: Port::new(packet.port),
@@ -176,22 +180,34 @@ fn fate(memory: &Memory, packet: &Packet) -> Fate {
         },
         from_node: packet.from_node,
         device: INTERFACES.iter().find(|(_, name)| *name == packet.interface).map_or(0, |(ifindex, _)| *ifindex),
-    };
-    match classify(&question, memory) {
+    }
+}
+
+/// Whose packet it is, to the programs.
+fn client(packet: &Packet) -> Addr {
+    let src = packet.from.into();
+    if packet.from_node { namespace_client(&src, 0) } else { src }
+}
+
+/// What the tables do with a packet, every endpoint of the range tried.
+fn fate(tables: &Clients<'_>, packet: &Packet) -> Fate {
+    let question = question(packet);
+    match classify(&question, tables) {
         Class::Pass(_) => Fate::Pass,
         Class::Reject(_) => Fate::Reject,
         Class::Drop(_) => Fate::Drop,
         Class::Forward(forward) => {
-            let chosen = (0..forward.range.len).map(|hash| match decide(&question, &question.src, hash, memory) {
-                Decision::Forward(choice) => {
-                    let addr = SocketAddr::new(IpAddr::from(choice.endpoint.addr), choice.endpoint.port.number());
-                    (addr, choice.masquerade)
-                }
+            let chosen = (0..forward.range.len).map(|hash| match decide(&question, &client(packet), hash, tables) {
+                Decision::Forward(choice) => (socket(&choice), choice.masquerade),
                 other @ (Decision::Reject(_) | Decision::Drop(_) | Decision::Pass(_)) => panic!("{other:?}"),
             });
             Fate::Forward(chosen.collect())
         }
     }
+}
+
+fn socket(choice: &Choice) -> SocketAddr {
+    SocketAddr::new(IpAddr::from(choice.endpoint.addr), choice.endpoint.port.number())
 }
 
 proptest! {
@@ -216,10 +232,29 @@ proptest! {
                 prop_assert!(needed.iter().all(|bit| there.contains(&bit)));
             }
             let objects: Vec<Value> = world.objects.values().cloned().collect();
-            let cluster = Cluster { objects: &objects, node: &world.node };
-            for packet in packets() {
-                prop_assert_eq!(fate(&world.kernel, &packet), cluster.fate(&packet), "{:?}", packet);
+            let cluster = |clients| Cluster { objects: &objects, node: &world.node, clients, now: world.now };
+            let noted = cluster(&world.clients.noted).still_noted();
+            let specified = cluster(&noted);
+            let mut new = noted.clone();
+            let mut last = world.clients.last.clone();
+            let tables = Clients { tables: &world.kernel, last: &world.clients.last, ticks: Remembered::judged(world.now) };
+            let connects = ops.iter().find_map(|op| if let Op::Connect(each) = op { Some(usize::from(*each)) } else { None });
+            for (number, packet) in packets().enumerate() {
+                prop_assert_eq!(fate(&tables, &packet), specified.fate(&packet), "{:?}", packet);
+                // As long as none has connected in this step, a client is what it was before.
+                if connects.is_some_and(|each| number % each == 0)
+                    && let Decision::Forward(choice) = decide(&question(&packet), &client(&packet), number as u32, &tables)
+                {
+                    let key = specified.noted(&packet);
+                    prop_assert_eq!(choice.affinity, key.is_some(), "{:?}", packet);
+                    if let Some(key) = key {
+                        new.insert(key, (socket(&choice), world.now));
+                        let key = AffinityKey { client: client(&packet), service: choice.service };
+                        last.insert(key, Remembered::now(&choice, world.now));
+                    }
+                }
             }
+            world.clients = Remembered { noted: new, last };
         }
     }
 }

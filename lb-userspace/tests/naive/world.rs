@@ -60,6 +60,8 @@ pub enum Op {
     Interfaces(Vec<IpAddr>),
     /// Seconds pass.
     Wait(u64),
+    /// One of so many packets begins a connection.
+    Connect(u8),
     /// The agent starts anew with the tables that it left.
     Restart,
 }
@@ -80,7 +82,8 @@ pub fn ops() -> impl Strategy<Value = Vec<Op>> {
         1 => Just(Op::Remove("Node", "", OWN_NODE)),
         1 => Just(Op::Remove("ServiceCIDR", "", "kubernetes")),
         1 => interfaces().prop_map(Op::Interfaces),
-        2 => prop_oneof![0..5_u64, Just(90_000)].prop_map(Op::Wait),
+        2 => prop_oneof![2 => 0..5_u64, 1 => Just(15_000), 1 => Just(90_000)].prop_map(Op::Wait),
+        4 => select(vec![1_u8, 2, 3, 7]).prop_map(Op::Connect),
         1 => Just(Op::Restart),
     ];
     vec(op, 1..4)
@@ -142,7 +145,15 @@ fn service() -> impl Strategy<Value = Value> {
         [node_port(), node_port(), node_port()],
         select(vec![None, Some(json!(8080)), Some(json!("main"))]),
     );
-    let policies = (any::<[bool; 3]>(), option::of(select(&["2024", "2025", "2026"][..])));
+    let affinity = prop_oneof![
+        2 => Just(json!({})),
+        1 => Just(json!({ "sessionAffinity": "None", "sessionAffinityConfig": { "clientIP": { "timeoutSeconds": 3 } } })),
+        1 => Just(json!({ "sessionAffinity": "ClientIP" })),
+        3 => select(vec![1, 3, 86_400]).prop_map(|seconds| {
+            json!({ "sessionAffinity": "ClientIP", "sessionAffinityConfig": { "clientIP": { "timeoutSeconds": seconds } } })
+        }),
+    ];
+    let policies = (any::<[bool; 3]>(), option::of(select(&["2024", "2025", "2026"][..])), affinity);
     let what = prop_oneof![
         20 => Just(("LoadBalancer", None)),
         1 => Just(("ExternalName", None)),
@@ -151,7 +162,7 @@ fn service() -> impl Strategy<Value = Value> {
         1 => Just(("None", None)),
     ];
     (names, addresses, ports, policies, what, option::weighted(0.7, select(&["x", "y"][..]))).prop_map(
-        |((namespace, name), (families, ip, external, ingress, ranges), (ports, node_ports, target), (flags, age), (type_, label), app)| {
+        |((namespace, name), (families, ip, external, ingress, ranges), (ports, node_ports, target), (flags, age, affinity), (type_, label), app)| {
             let cluster_ips = by_family(&families, &CLUSTER_IPS, ip);
             let policy = |local: bool| if local { "Local" } else { "Cluster" };
             let ports: Vec<Value> = ports
@@ -171,7 +182,7 @@ fn service() -> impl Strategy<Value = Value> {
                 .map(|(ip, mode)| json!({ "ip": ip, "ipMode": mode }))
                 .collect();
             let headless = type_ == "None";
-            json!({
+            let mut service = json!({
                 "apiVersion": "v1",
                 "kind": "Service",
                 "metadata": {
@@ -194,7 +205,11 @@ fn service() -> impl Strategy<Value = Value> {
                     "selector": app.map(|app| json!({ "app": app })).unwrap_or_default(),
                 },
                 "status": { "loadBalancer": { "ingress": ingress } },
-            })
+            });
+            if let (Some(spec), Value::Object(fields)) = (service["spec"].as_object_mut(), affinity) {
+                spec.extend(fields);
+            }
+            service
         },
     )
 }
