@@ -5,7 +5,6 @@ use std::collections::BTreeMap;
 use lb_common::{
     addr::{Addr, Port},
     affinity::{Affinity, AffinityKey, ticks_of_nanoseconds},
-    decide::Choice,
     layout::{Endpoint, Frontend, FrontendKey, NodeAddress},
     memory::Memory,
     tables::Tables,
@@ -24,9 +23,9 @@ pub struct Remembered {
 
 impl Remembered {
     /// What the programs note of a connection in this second.
-    pub fn now(choice: &Choice, second: u64) -> Affinity {
+    pub const fn now(endpoint_id: u32, endpoint: &Endpoint, second: u64) -> Affinity {
         let seen = ticks_of_nanoseconds(second * 1_000_000_000);
-        Affinity { endpoint_id: choice.id, generation: choice.endpoint.generation, seen }
+        Affinity { endpoint_id, generation: endpoint.generation, seen }
     }
 
     /// The programs' clock when this second's packets are judged: before its end, so that no rounding matters.
@@ -36,6 +35,7 @@ impl Remembered {
 }
 
 /// The agent's tables, and the programs' memory of clients.
+#[derive(Clone, Copy)]
 pub struct Clients<'a> {
     pub tables: &'a Memory,
     pub last: &'a BTreeMap<AffinityKey, Affinity>,

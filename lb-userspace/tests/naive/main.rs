@@ -27,8 +27,8 @@ use fairlead::{
 use lb_common::{
     addr::{Addr, Port},
     affinity::{AffinityKey, namespace_client},
-    decide::{Choice, Class, Decision, Question, classify, decide},
-    layout::{Device, device_flags, protocol},
+    decide::{Class, Decision, Question, classify, decide},
+    layout::{Device, Endpoint, device_flags, protocol},
     memory::Memory,
 };
 use proptest::{collection::vec, prelude::*, test_runner::FileFailurePersistence};
@@ -38,6 +38,15 @@ use world::{CLUSTER_IPS, EXTERNAL_IPS, NODE_IPS, OUTSIDE, OWN_NODE, Op, POD_IPS,
 
 /// Devices of the node, by ifindex.
 const INTERFACES: [(u32, &str); 3] = [(1, "eth0"), (2, "cni0"), (3, "veth1")];
+
+/// One of so many packets begins a connection in each step.
+const CONNECTS: usize = 37;
+
+/// Seconds ago that a client may have connected, around the timeouts of [`world`].
+const AGES: [u64; 7] = [0, 2, 4, 10_799, 10_800, 86_399, 86_400];
+
+/// The second in which worlds begin: nobody connected before the clock did.
+const START: u64 = 100_000;
 
 fn options(node: &Node) -> NodeOptions {
     NodeOptions {
@@ -97,10 +106,12 @@ impl World {
         let mut pipeline = pipeline(&node, Image::default());
         pipeline.compile(0);
         let kernel = pipeline.image().memory().clone();
-        Self { node, objects: BTreeMap::new(), pipeline, kernel, clients: Remembered::default(), now: 0 }
+        Self { node, objects: BTreeMap::new(), pipeline, kernel, clients: Remembered::default(), now: START }
     }
 
+    /// Every step takes a second, so that ids are used again soon.
     fn step(&mut self, ops: &[Op]) {
+        self.now += 1;
         let mut interner = Interner::default();
         for op in ops {
             match op {
@@ -118,7 +129,6 @@ impl World {
                     self.pipeline.set_interfaces(addresses.clone());
                 }
                 Op::Wait(seconds) => self.now += seconds,
-                Op::Connect(_) => {}
                 Op::Restart => {
                     let image = Image::restore(self.kernel.clone(), self.now);
                     self.pipeline = start(&self.node, self.objects.values(), image, self.now);
@@ -198,7 +208,7 @@ fn fate(tables: &Clients<'_>, packet: &Packet) -> Fate {
         Class::Drop(_) => Fate::Drop,
         Class::Forward(forward) => {
             let chosen = (0..forward.range.len).map(|hash| match decide(&question, &client(packet), hash, tables) {
-                Decision::Forward(choice) => (socket(&choice), choice.masquerade),
+                Decision::Forward(choice) => (socket(&choice.endpoint), choice.masquerade),
                 other @ (Decision::Reject(_) | Decision::Drop(_) | Decision::Pass(_)) => panic!("{other:?}"),
             });
             Fate::Forward(chosen.collect())
@@ -206,8 +216,8 @@ fn fate(tables: &Clients<'_>, packet: &Packet) -> Fate {
     }
 }
 
-fn socket(choice: &Choice) -> SocketAddr {
-    SocketAddr::new(IpAddr::from(choice.endpoint.addr), choice.endpoint.port.number())
+fn socket(endpoint: &Endpoint) -> SocketAddr {
+    SocketAddr::new(IpAddr::from(endpoint.addr), endpoint.port.number())
 }
 
 proptest! {
@@ -222,7 +232,7 @@ proptest! {
     fn whatever_happens_the_tables_say_what_the_specification_says(node in world::node(), steps in vec(world::ops(), 1..24)) {
         prop_assert!(90_000 > FLOW_LIFE, "some waits outlive bits");
         let mut world = World::new(node);
-        for ops in steps {
+        for (step, ops) in steps.into_iter().enumerate() {
             world.step(&ops);
             prop_assert!(&world.kernel == world.pipeline.image().memory(), "the writes are the whole change");
             let fresh = world.fresh();
@@ -238,20 +248,28 @@ proptest! {
             let mut new = noted.clone();
             let mut last = world.clients.last.clone();
             let tables = Clients { tables: &world.kernel, last: &world.clients.last, ticks: Remembered::judged(world.now) };
-            let connects = ops.iter().find_map(|op| if let Op::Connect(each) = op { Some(usize::from(*each)) } else { None });
             for (number, packet) in packets().enumerate() {
                 prop_assert_eq!(fate(&tables, &packet), specified.fate(&packet), "{:?}", packet);
+                let key = specified.noted(&packet);
+                let Decision::Forward(choice) = decide(&question(&packet), &client(&packet), number as u32, &tables) else {
+                    continue;
+                };
+                prop_assert_eq!(choice.affinity, key.is_some(), "{:?}", packet);
+                let Some(key) = key else { continue };
+                let numbers = AffinityKey { client: client(&packet), service: choice.service };
                 // As long as none has connected in this step, a client is what it was before.
-                if connects.is_some_and(|each| number % each == 0)
-                    && let Decision::Forward(choice) = decide(&question(&packet), &client(&packet), number as u32, &tables)
-                {
-                    let key = specified.noted(&packet);
-                    prop_assert_eq!(choice.affinity, key.is_some(), "{:?}", packet);
-                    if let Some(key) = key {
-                        new.insert(key, (socket(&choice), world.now));
-                        let key = AffinityKey { client: client(&packet), service: choice.service };
-                        last.insert(key, Remembered::now(&choice, world.now));
-                    }
+                if (number + step).is_multiple_of(CONNECTS) {
+                    new.insert(key.clone(), (socket(&choice.endpoint), world.now));
+                    last.insert(numbers, Remembered::now(choice.id, &choice.endpoint, world.now));
+                }
+                // And if it had gone to one endpoint or another of the Service port, some time ago?
+                let own = world.kernel.endpoints.iter().filter(|(_, it)| it.flags != 0 && it.service == choice.service);
+                let own = own.filter(|(_, it)| it.addr.is_v4() == packet.to.is_ipv4());
+                for ((id, endpoint), then) in own.zip((step + number..).map(|turn| world.now - AGES[turn % AGES.len()])) {
+                    let noted = [(key.clone(), (socket(endpoint), then))].into();
+                    let last = [(numbers, Remembered::now(id, endpoint, then))].into();
+                    let tables = Clients { last: &last, ..tables };
+                    prop_assert_eq!(fate(&tables, &packet), Cluster { clients: &noted, ..specified }.fate(&packet), "{:?}: {:?}", packet, noted);
                 }
             }
             world.clients = Remembered { noted: new, last };

@@ -82,6 +82,7 @@ struct Endpoint {
 pub type Clients = BTreeMap<(String, String), (SocketAddr, u64)>;
 
 /// The cluster, seen from a node.
+#[derive(Clone, Copy)]
 pub struct Cluster<'a> {
     pub objects: &'a [Value],
     pub node: &'a Node,

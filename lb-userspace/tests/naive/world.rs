@@ -45,7 +45,7 @@ pub const PORTS: [(u16, &str); 10] = [
 
 /// The first more often, so that things meet.
 const NAMESPACES: [&str; 4] = ["a", "a", "a", "b"];
-const SERVICES: [&str; 3] = ["dns", "web", "x"];
+const SERVICES: [&str; 5] = ["dns", "web", "web", "web", "x"];
 const SLICES: [&str; 3] = ["one", "two", "zero"];
 const PODS: [&str; 3] = ["p1", "p2", "p3"];
 
@@ -60,8 +60,6 @@ pub enum Op {
     Interfaces(Vec<IpAddr>),
     /// Seconds pass.
     Wait(u64),
-    /// One of so many packets begins a connection.
-    Connect(u8),
     /// The agent starts anew with the tables that it left.
     Restart,
 }
@@ -83,7 +81,6 @@ pub fn ops() -> impl Strategy<Value = Vec<Op>> {
         1 => Just(Op::Remove("ServiceCIDR", "", "kubernetes")),
         1 => interfaces().prop_map(Op::Interfaces),
         2 => prop_oneof![2 => 0..5_u64, 1 => Just(15_000), 1 => Just(90_000)].prop_map(Op::Wait),
-        4 => select(vec![1_u8, 2, 3, 7]).prop_map(Op::Connect),
         1 => Just(Op::Restart),
     ];
     vec(op, 1..4)
