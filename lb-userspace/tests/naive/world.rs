@@ -145,7 +145,7 @@ fn service() -> impl Strategy<Value = Value> {
     let affinity = prop_oneof![
         2 => Just(json!({})),
         1 => Just(json!({ "sessionAffinity": "None", "sessionAffinityConfig": { "clientIP": { "timeoutSeconds": 3 } } })),
-        1 => Just(json!({ "sessionAffinity": "ClientIP" })),
+        2 => Just(json!({ "sessionAffinity": "ClientIP" })),
         3 => select(vec![1, 3, 86_400]).prop_map(|seconds| {
             json!({ "sessionAffinity": "ClientIP", "sessionAffinityConfig": { "clientIP": { "timeoutSeconds": seconds } } })
         }),
@@ -214,7 +214,7 @@ fn service() -> impl Strategy<Value = Value> {
 /// `ready`, `serving`, `terminating`: in every combination, those that matter more often.
 fn conditions() -> impl Strategy<Value = (Option<bool>, Option<bool>, Option<bool>)> {
     prop_oneof![
-        4 => Just((None, None, None)),
+        9 => Just((None, None, None)),
         4 => Just((Some(false), Some(true), Some(true))),
         2 => Just((Some(false), Some(true), None)),
         1 => Just((Some(false), None, Some(true))),
@@ -242,7 +242,7 @@ fn slice() -> impl Strategy<Value = Value> {
         1..=4,
     );
     let families = prop_oneof![6 => Just("IPv4"), 4 => Just("IPv6"), 1 => Just("FQDN")];
-    (names, families, vec(endpoint, 0..4), ports, prop::bool::weighted(0.05)).prop_map(
+    (names, families, vec(endpoint, 0..7), ports, prop::bool::weighted(0.05)).prop_map(
         |((namespace, name, service), family, endpoints, ports, headless)| {
             let endpoints: Vec<Value> = endpoints
                 .iter()
