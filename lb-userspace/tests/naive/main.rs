@@ -40,7 +40,7 @@ use world::{CLUSTER_IPS, EXTERNAL_IPS, NODE_IPS, OUTSIDE, OWN_NODE, Op, POD_IPS,
 const INTERFACES: [(u32, &str); 3] = [(1, "eth0"), (2, "cni0"), (3, "veth1")];
 
 /// One of so many packets begins a connection in each step.
-const CONNECTS: usize = 37;
+const CONNECTS: usize = 11;
 
 /// Seconds ago that a client may have connected, around the timeouts of [`world`].
 const AGES: [u64; 7] = [0, 2, 4, 10_799, 10_800, 86_399, 86_400];

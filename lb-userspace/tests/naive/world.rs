@@ -81,7 +81,7 @@ pub fn ops() -> impl Strategy<Value = Vec<Op>> {
         1 => Just(Op::Remove("ServiceCIDR", "", "kubernetes")),
         1 => interfaces().prop_map(Op::Interfaces),
         2 => prop_oneof![2 => 0..5_u64, 1 => Just(15_000), 1 => Just(90_000)].prop_map(Op::Wait),
-        1 => Just(Op::Restart),
+        3 => Just(Op::Restart),
     ];
     vec(op, 1..4)
 }
