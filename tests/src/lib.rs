@@ -21,6 +21,7 @@ pub mod scale;
 pub mod topology;
 pub mod traffic;
 pub mod tun;
+pub mod watch_server;
 
 pub use self::agent::Agent;
 pub use self::control_plane::ControlPlane;
@@ -31,3 +32,4 @@ pub use self::netns::Netns;
 pub use self::topology::{Topology, Wiring};
 pub use self::traffic::client::{Answer, Client, Protocol};
 pub use self::traffic::server::Server;
+pub use self::watch_server::WatchServer;
