@@ -238,6 +238,7 @@ impl Agent {
         self.kernel.prepare(&Expected::of(&update.changes))?;
         self.take_in(update);
         self.begun = true;
+        self.pipeline.compact_model();
         self.set_devices(snapshot);
         self.compile_first();
         self.kernel.verified()?;
@@ -253,6 +254,7 @@ impl Agent {
             }
         }
         // The first list takes much more than what stays of it, and never comes again.
+        self.pipeline.compact();
         kernel::release_memory();
         self.events.record(Happening {
             service: None,

@@ -102,7 +102,7 @@ fn event(happening: &Happening) -> Event {
 
 fn regarding(happening: &Happening, node: &str) -> ObjectReference {
     let (kind, name, namespace) = match &happening.service {
-        Some(service) => ("Service", service.name.to_string(), Some(service.namespace.to_string())),
+        Some(service) => ("Service", service.name().to_owned(), Some(service.namespace().to_owned())),
         None => ("Node", node.to_owned(), None),
     };
     let version = Some("v1".to_owned());

@@ -10,7 +10,6 @@ mod name;
 mod node;
 mod restore;
 mod slots;
-mod sorted;
 #[cfg(test)]
 mod tests;
 mod write;
@@ -26,12 +25,15 @@ use lb_common::{
     memory::Memory,
 };
 
-use self::{bits::Bits, ids::Ids, slots::Slots, sorted::Sorted};
+use self::{bits::Bits, ids::Ids, slots::Slots};
 pub use self::{
     bits::FLOW_LIFE, difference::difference, ids::GRACE, name::decode as port_name, name::text as service_name,
     node::prefix_key, write::Write,
 };
-use crate::plan::{PortName, PortPlan, Step};
+use crate::{
+    model::{SmallSet, repack},
+    plan::{PortName, PortPlan, Step},
+};
 
 /// What is in the kernel's tables, and who uses what of it.
 #[derive(Clone, Debug, Default)]
@@ -55,11 +57,12 @@ pub struct Image {
 #[derive(Clone, Debug, Default)]
 struct PortState {
     id: u32,
-    endpoints: Sorted<(Addr, Port), u32>,
-    /// Ranges by the endpoint ids in them.
-    ranges: Sorted<Box<[u32]>, Range>,
-    frontends: Sorted<FrontendKey, ()>,
-    source_ranges: Sorted<PrefixKey, ()>,
+    /// Ids of its endpoints, in the order of address and port.
+    endpoints: Vec<u32>,
+    /// Ranges that frontends name; they hold different lists of endpoint ids.
+    ranges: Vec<Range>,
+    frontends: SmallSet<FrontendKey>,
+    source_ranges: SmallSet<PrefixKey>,
 }
 
 /// How many entries the tables have to hold.
@@ -177,6 +180,12 @@ impl Image {
         }
     }
 
+    /// Gives spare room back, once a first list is compiled.
+    pub fn compact(&mut self) {
+        repack(&mut self.memory.frontends);
+        repack(&mut self.ports);
+    }
+
     /// The id of a Service port.
     #[must_use]
     pub fn service_id(&self, name: &PortName) -> Option<u32> {
@@ -235,10 +244,15 @@ impl Image {
     }
 
     /// Removes what is in the tables and in no plan: called after the first full list has been planned.
-    pub fn sweep(&mut self, ports: &BTreeSet<PortName>, any_port: &BTreeSet<Addr>, now: u64) -> Vec<Write> {
-        let gone = self.ports.keys().filter(|name| !ports.contains(*name)).map(|name| (name.clone(), None));
+    pub fn sweep(
+        &mut self,
+        has_port: impl Fn(&PortName) -> bool,
+        has_any_port: impl Fn(&Addr) -> bool,
+        now: u64,
+    ) -> Vec<Write> {
+        let gone = self.ports.keys().filter(|name| !has_port(name)).map(|name| (name.clone(), None));
         let refusing = self.memory.frontends.keys().filter(|key| **key == FrontendKey::any_port(key.addr));
-        let unplanned = refusing.map(|key| key.addr).filter(|addr| !any_port.contains(addr));
+        let unplanned = refusing.map(|key| key.addr).filter(|addr| !has_any_port(addr));
         let step = Step { ports: gone.collect(), any_port: unplanned.map(|addr| (addr, false)).collect() };
         let mut list = self.apply(&step, now);
         let mut writes = self.writes();
@@ -302,7 +316,7 @@ impl Image {
         }
         for net in &plan.source_ranges {
             let key = prefix_key(state.id, *net);
-            state.source_ranges.get_or_insert_with(key, || ());
+            state.source_ranges.insert(key);
             if !self.memory.source_ranges.contains(&key) {
                 put(&mut self.memory, &mut writes.source_ranges, Write::SourceRange(key));
             }
@@ -315,7 +329,7 @@ impl Image {
                 flags: planned.flags,
                 affinity: plan.affinity,
             };
-            state.frontends.get_or_insert_with(planned.key, || ());
+            state.frontends.insert(planned.key);
             self.write_frontend(planned.key, frontend, writes);
         }
         self.ports.insert(plan.name.clone(), state);
@@ -324,13 +338,17 @@ impl Image {
     fn write_endpoint(&mut self, state: &mut PortState, mut endpoint: Endpoint, writes: &mut Writes) -> u32 {
         let memory = &mut self.memory;
         let bit = bit_index(&endpoint.addr, endpoint.port);
-        let id = state.endpoints.get_or_insert_with((endpoint.addr, endpoint.port), || {
-            self.endpoint_bits.add(bit);
-            let id = self.endpoint_ids.take(|id| memory.endpoints.contains_key(&id));
-            endpoint.generation = memory.endpoints.get(&id).map_or(0, |old| old.generation.wrapping_add(1));
-            put(memory, &mut writes.endpoints, Write::Endpoint(id, endpoint));
-            id
-        });
+        let id = match state.find_endpoint(memory, &(endpoint.addr, endpoint.port)) {
+            Ok(place) => state.endpoints[place],
+            Err(place) => {
+                self.endpoint_bits.add(bit);
+                let id = self.endpoint_ids.take(|id| memory.endpoints.contains_key(&id));
+                endpoint.generation = memory.endpoints.get(&id).map_or(0, |old| old.generation.wrapping_add(1));
+                put(memory, &mut writes.endpoints, Write::Endpoint(id, endpoint));
+                state.endpoints.insert(place, id);
+                id
+            }
+        };
         if let Some(there) = memory.endpoints.get(&id).copied() {
             endpoint.generation = there.generation;
             if there != endpoint {
@@ -346,12 +364,13 @@ impl Image {
     /// A range with these endpoint ids: one that is there already, or a new one.
     fn write_range(&mut self, state: &mut PortState, ids: &[u32], writes: &mut Writes) -> Range {
         let Some(len) = u32::try_from(ids.len()).ok().filter(|len| *len != 0) else { return Range::default() };
-        if let Some(range) = state.ranges.get(ids) {
+        if let Some(range) = state.find_range(&self.memory, ids) {
             return range;
         }
         let range = Range { offset: self.slots.take(len), len };
         put(&mut self.memory, &mut writes.slots, Write::Slots(range.offset, ids.to_vec()));
-        state.ranges.get_or_insert_with(ids.into(), || range)
+        state.ranges.push(range);
+        range
     }
 
     fn write_frontend(&mut self, key: FrontendKey, frontend: Frontend, writes: &mut Writes) {
@@ -387,7 +406,7 @@ impl Image {
     fn leave(&mut self, name: &PortName, plan: Option<&PortPlan>, now: u64, writes: &mut Writes) {
         let Some(mut state) = self.ports.remove(name) else { return };
         let planned: BTreeSet<FrontendKey> = frontends(plan).map(|frontend| frontend.key).collect();
-        for (key, ()) in state.frontends.extract(|key, ()| !planned.contains(key)) {
+        for key in state.frontends.extract(|key| !planned.contains(key)) {
             // Another Service may have taken it over in this very step.
             if self.memory.frontends.get(&key).is_some_and(|frontend| frontend.service == state.id) {
                 self.remove_frontend(key, now, writes);
@@ -395,16 +414,16 @@ impl Image {
         }
         let named: BTreeSet<Range> = state
             .frontends
-            .keys()
+            .iter()
             .filter_map(|key| self.memory.frontends.get(key))
             .flat_map(|frontend| [frontend.internal, frontend.external])
             .collect();
-        for (_, range) in state.ranges.extract(|_, range| !named.contains(&range)) {
+        for range in state.ranges.extract_if(.., |range| !named.contains(range)) {
             self.slots.rest(range.offset, range.len, now);
         }
         let wanted: BTreeSet<PrefixKey> =
             plan.iter().flat_map(|plan| &plan.source_ranges).map(|net| prefix_key(state.id, *net)).collect();
-        for (key, ()) in state.source_ranges.extract(|key, ()| !wanted.contains(key)) {
+        for key in state.source_ranges.extract(|key| !wanted.contains(key)) {
             put(&mut self.memory, &mut writes.removed, Write::RemoveSourceRange(key));
         }
         let staying: BTreeSet<(Addr, Port)> = plan
@@ -412,15 +431,37 @@ impl Image {
             .flat_map(|plan| &plan.endpoints)
             .map(|endpoint| (endpoint.addr.into(), Port::new(endpoint.port)))
             .collect();
-        for (_, id) in state.endpoints.extract(|key, _| !staying.contains(key)) {
+        let memory = &self.memory;
+        let leaves = |id: &mut u32| !memory.endpoints.get(id).is_some_and(|it| staying.contains(&(it.addr, it.port)));
+        let leaving: Vec<u32> = state.endpoints.extract_if(.., leaves).collect();
+        for id in leaving {
             self.remove_endpoint(id, now, writes);
         }
+        state.endpoints.shrink_to_fit();
+        state.ranges.shrink_to_fit();
         if plan.is_some() {
             self.ports.insert(name.clone(), state);
         } else {
             put(&mut self.memory, &mut writes.removed, Write::RemoveService(state.id));
             self.service_ids.rest(state.id, now);
         }
+    }
+}
+
+impl PortState {
+    /// Where among the ids an endpoint's is, or would be.
+    fn find_endpoint(&self, memory: &Memory, key: &(Addr, Port)) -> Result<usize, usize> {
+        let key_of = |id: &u32| memory.endpoints.get(id).map(|endpoint| (endpoint.addr, endpoint.port));
+        self.endpoints.binary_search_by(|id| key_of(id).as_ref().cmp(&Some(key)))
+    }
+
+    /// The range that holds these endpoint ids.
+    fn find_range(&self, memory: &Memory, ids: &[u32]) -> Option<Range> {
+        let holds = |range: &&Range| {
+            range.len as usize == ids.len()
+                && (range.offset..).zip(ids).all(|(slot, id)| memory.slots.get(&slot) == Some(id))
+        };
+        self.ranges.iter().find(holds).copied()
     }
 }
 

@@ -22,6 +22,7 @@ use std::{
     sync::Arc,
 };
 
+pub(crate) use self::small_set::SmallSet;
 pub use self::{
     change::{Affected, Change, Kind, Object},
     intern::Interner,
@@ -31,7 +32,7 @@ pub use self::{
     problem::FieldError,
     slice::{EndpointState, Hints, SliceState},
 };
-use self::{object::Protocol, selection::Selection, small_set::SmallSet};
+use self::{object::Protocol, selection::Selection};
 use crate::plan::Backend;
 
 /// The state of the cluster.
@@ -39,9 +40,9 @@ use crate::plan::Backend;
 pub struct Model {
     own_node: String,
     services: BTreeMap<ObjectName, Box<Service>>,
-    slices: BTreeMap<ObjectName, SliceState>,
+    slices: BTreeMap<ObjectName, Box<SliceState>>,
     /// Names of the slices of a Service, which may be yet to come.
-    slices_of: BTreeMap<ObjectName, SmallSet<Arc<str>>>,
+    slices_of: BTreeMap<ObjectName, SmallSet<ObjectName>>,
     selection: Selection,
     node: Option<Node>,
     nodes: BTreeSet<ObjectName>,
@@ -72,15 +73,16 @@ impl Model {
             Change::Upsert(Object::Pod(pod)) => self.upsert_pod(pod),
             Change::Upsert(Object::Node(node)) => self.upsert_node(*node),
             Change::Upsert(Object::ServiceCidr(cidr)) => {
-                let old = self.service_cidrs.insert(cidr.metadata.cluster_wide(), cidr.clone());
-                Affected { service_cidrs: old.is_none_or(|old| old.spec != cidr.spec), ..Affected::default() }
+                let spec = cidr.spec.clone();
+                let old = self.service_cidrs.insert(cidr.metadata.cluster_wide(), *cidr);
+                Affected { service_cidrs: old.is_none_or(|old| old.spec != spec), ..Affected::default() }
             }
             Change::Delete(Kind::Service, name) => self.delete_service(name),
             Change::Delete(Kind::EndpointSlice, name) => self.replace_slice(&name, None),
             Change::Delete(Kind::Pod, name) => self.delete_pod(&name),
             Change::Delete(Kind::Node, name) => {
                 self.nodes.remove(&name);
-                let own = *name.name == *self.own_node && self.node.take().is_some();
+                let own = name.name() == self.own_node && self.node.take().is_some();
                 Affected { node: own, ..Affected::default() }
             }
             Change::Delete(Kind::ServiceCidr, name) => {
@@ -109,9 +111,7 @@ impl Model {
         }
         let mut union = Union::default();
         if let Some(slices) = self.slices_of.get(name) {
-            let named =
-                slices.iter().map(|slice| ObjectName { namespace: name.namespace.clone(), name: slice.clone() });
-            for slice in named.filter_map(|slice| self.slices.get(&slice)) {
+            for slice in slices.iter().filter_map(|slice| self.slices.get(slice)) {
                 slice.backends().for_each(|backend| union.add(backend));
             }
         } else {
@@ -131,6 +131,15 @@ impl Model {
     /// All ServiceCIDRs in the order of their names.
     pub fn service_cidrs(&self) -> impl Iterator<Item = &ServiceCidr> {
         self.service_cidrs.values()
+    }
+
+    /// Gives spare room back, once a first list is taken in: a tree that grew in the order of its keys is half empty, one that is
+    /// made anew is full.
+    pub fn compact(&mut self) {
+        repack(&mut self.services);
+        repack(&mut self.slices);
+        repack(&mut self.slices_of);
+        self.selection.compact();
     }
 
     /// How many objects of a kind there are.
@@ -160,26 +169,28 @@ impl Model {
         affect(self.services.remove(&name).map(|_| name))
     }
 
-    fn replace_slice(&mut self, name: &ObjectName, new: Option<SliceState>) -> Affected {
+    fn replace_slice(&mut self, name: &ObjectName, new: Option<Box<SliceState>>) -> Affected {
         if self.slices.get(name) == new.as_ref() {
             return Affected::default();
         }
-        let old = match &new {
-            Some(new) => self.slices.insert(name.clone(), new.clone()),
-            None => self.slices.remove(name),
-        };
         let v4 = |new: &SliceState| new.endpoints.first().is_none_or(|endpoint| endpoint.addr.is_ipv4());
         let changed = new.as_ref().and_then(|new| new.changed.map(|changed| (v4(new), changed)));
-        let (old, new) = (old.and_then(|old| old.service_name()), new.and_then(|new| new.service_name()));
+        let new_service = new.as_ref().and_then(|new| new.service.clone());
+        let old = match new {
+            // Its own copy of the name, or there would be two.
+            Some(new) => self.slices.insert(new.name.clone(), new),
+            None => self.slices.remove(name),
+        };
+        let (old, new) = (old.and_then(|old| old.service), new_service);
         if old != new {
             if let Some(Entry::Occupied(mut of)) = old.clone().map(|old| self.slices_of.entry(old)) {
-                of.get_mut().remove(&name.name);
+                of.get_mut().remove(name);
                 if of.get().is_empty() {
                     of.remove();
                 }
             }
             if let Some(new) = &new {
-                self.slices_of.entry(new.clone()).or_default().insert(name.name.clone());
+                self.slices_of.entry(new.clone()).or_default().insert(name.clone());
             }
         }
         // A Service that is yet to come is affected when it comes.
@@ -187,26 +198,26 @@ impl Model {
         Affected { services, endpoints_changed: changed.into_iter().collect(), ..Affected::default() }
     }
 
-    fn upsert_pod(&mut self, pod: PodState) -> Affected {
-        if self.selection.pod(&pod.name) == Some(&pod) {
+    fn upsert_pod(&mut self, pod: Arc<PodState>) -> Affected {
+        if self.selection.pod(&pod.name) == Some(&*pod) {
             return Affected::default();
         }
-        let mut services = self.selection.services(&pod.name.namespace, &pod.labels);
+        let mut services = self.selection.services(&pod);
         if let Some(old) = self.selection.insert_pod(pod) {
-            services.extend(self.selection.services(&old.name.namespace, &old.labels));
+            services.extend(self.selection.services(&old));
         }
         self.affect_selecting(services)
     }
 
     fn delete_pod(&mut self, name: &ObjectName) -> Affected {
         let Some(old) = self.selection.remove_pod(name) else { return Affected::default() };
-        let services = self.selection.services(&name.namespace, &old.labels);
+        let services = self.selection.services(&old);
         self.affect_selecting(services)
     }
 
     fn upsert_node(&mut self, node: Node) -> Affected {
         let name = node.metadata.cluster_wide();
-        let own = *name.name == *self.own_node;
+        let own = name.name() == self.own_node;
         self.nodes.insert(name);
         let changed = own && self.node.as_ref() != Some(&node);
         if changed {
@@ -219,6 +230,11 @@ impl Model {
     fn affect_selecting(&self, services: Vec<ObjectName>) -> Affected {
         affect(services.into_iter().filter(|service| !self.slices_of.contains_key(service)))
     }
+}
+
+/// Makes a tree anew, with full nodes.
+pub(crate) fn repack<K: Ord, V>(tree: &mut BTreeMap<K, V>) {
+    *tree = std::mem::take(tree).into_iter().collect();
 }
 
 fn affect(services: impl IntoIterator<Item = ObjectName>) -> Affected {

@@ -191,6 +191,11 @@ impl Pipeline {
         }
     }
 
+    /// Gives spare room back, once a first list is taken in: there is room for its plans in it.
+    pub fn compact_model(&mut self) {
+        self.model.compact();
+    }
+
     /// The writes that follow from everything taken in since the last call.
     pub fn compile(&mut self, now: u64) -> Vec<Write> {
         let Affected { mut services, node, service_cidrs, endpoints_changed } = std::mem::take(&mut self.pending);
@@ -228,11 +233,16 @@ impl Pipeline {
         writes
     }
 
+    /// Gives spare room back, once a first list is compiled.
+    pub fn compact(&mut self) {
+        self.planner.compact();
+        self.image.compact();
+    }
+
     /// Removes what is in the kernel and in no plan. To be called once, after the source's first full list was compiled.
     pub fn sweep(&mut self, now: u64) -> Vec<Write> {
-        let ports: BTreeSet<_> = self.planner.ports().cloned().collect();
-        let any_port: BTreeSet<_> = self.planner.any_port().copied().collect();
-        self.image.sweep(&ports, &any_port, now)
+        let planner = &self.planner;
+        self.image.sweep(|name| planner.has_port(name), |addr| planner.has_any_port(addr), now)
     }
 
     fn plan_again(&mut self, service: &ObjectName) -> Step {

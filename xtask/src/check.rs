@@ -25,7 +25,7 @@ pub struct Options {
     /// given
     #[arg(long, value_name = "VERSION", value_parser = clap::builder::PossibleValuesParser::new(kernels::KNOWN))]
     kernel: Vec<String>,
-    /// Instead of that, make what the verifier has to do today the budget for this machine's kernel (xtask/budgets.json)
+    /// Instead of that, make what the verifier has to do today the budget for kernels of this machine's series (xtask/budgets.json)
     #[arg(long, conflicts_with = "kernel")]
     write_budgets: bool,
 }

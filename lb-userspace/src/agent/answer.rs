@@ -80,9 +80,9 @@ impl Agent {
             .model()
             .services()
             .map(|(name, service)| ServiceReport {
-                namespace: name.namespace.to_string(),
-                name: name.name.to_string(),
-                kind: if service.spec.cluster_ip.as_deref() == Some("None") {
+                namespace: name.namespace().to_owned(),
+                name: name.name().to_owned(),
+                kind: if service.cluster_ip() == Some("None") {
                     "Headless".to_owned()
                 } else {
                     service.spec.type_.as_str().to_owned()

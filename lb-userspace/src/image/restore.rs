@@ -26,7 +26,7 @@ impl Image {
         image.restore_frontends(&mut ports);
         for key in &image.memory.source_ranges {
             if let Some((_, state)) = ports.get_mut(&key.service) {
-                state.source_ranges.get_or_insert_with(*key, || ());
+                state.source_ranges.insert(*key);
             }
         }
         for bit in image.memory.frontend_bits.iter() {
@@ -60,8 +60,10 @@ impl Image {
                 continue;
             }
             self.endpoint_bits.add(bit_index(&endpoint.addr, endpoint.port));
-            if let Some((_, state)) = ports.get_mut(&endpoint.service).filter(|_| id != 0) {
-                state.endpoints.get_or_insert_with((endpoint.addr, endpoint.port), || id);
+            if let Some((_, state)) = ports.get_mut(&endpoint.service).filter(|_| id != 0)
+                && let Err(place) = state.find_endpoint(&self.memory, &(endpoint.addr, endpoint.port))
+            {
+                state.endpoints.insert(place, id);
             }
         }
     }
@@ -70,27 +72,28 @@ impl Image {
         for (key, frontend) in &self.memory.frontends {
             self.frontend_bits.add(bit_index(&key.addr, key.port));
             let Some((_, state)) = ports.get_mut(&frontend.service) else { continue };
-            state.frontends.get_or_insert_with(*key, || ());
+            state.frontends.insert(*key);
             for range in [frontend.internal, frontend.external].into_iter().filter(|range| range.len != 0) {
-                if let Some(ids) = self.content(&range, state) {
-                    state.ranges.get_or_insert_with(ids, || range);
+                let ids = self.content(&range, state);
+                if ids.is_some_and(|ids| state.find_range(&self.memory, &ids).is_none()) {
+                    state.ranges.push(range);
                 }
             }
         }
         // Ranges of damaged entries are not held: what a plan writes for those frontends is elsewhere.
-        let used = ports.values().flat_map(|(_, state)| state.ranges.values()).map(|range| (range.offset, range.len));
+        let used = ports.values().flat_map(|(_, state)| &state.ranges).map(|range| (range.offset, range.len));
         let (slots, strange) = Slots::restore(&used.collect());
         self.slots = slots;
         for (_, state) in ports.values_mut() {
-            state.ranges.extract(|_, range| strange.contains(&(range.offset, range.len)));
+            state.ranges.retain(|range| !strange.contains(&(range.offset, range.len)));
         }
     }
 
     /// The endpoint ids in a range, if all of them belong to the Service port.
-    fn content(&self, range: &Range, state: &PortState) -> Option<Box<[u32]>> {
+    fn content(&self, range: &Range, state: &PortState) -> Option<Vec<u32>> {
         let own = |id: &u32| {
-            let endpoint = self.memory.endpoints.get(id);
-            endpoint.is_some_and(|endpoint| state.endpoints.get(&(endpoint.addr, endpoint.port)) == Some(*id))
+            let key = self.memory.endpoints.get(id).map(|endpoint| (endpoint.addr, endpoint.port));
+            key.is_some_and(|key| state.find_endpoint(&self.memory, &key).is_ok_and(|at| state.endpoints[at] == *id))
         };
         (range.offset..range.offset.checked_add(range.len)?)
             .map(|slot| self.memory.slots.get(&slot).copied().filter(own))
@@ -99,23 +102,22 @@ impl Image {
 
     /// Removes what belongs to no Service port.
     pub(super) fn remove_strays(&mut self, now: u64, writes: &mut Writes) {
-        let owned: BTreeSet<FrontendKey> =
-            self.ports.values().flat_map(|state| state.frontends.keys().copied()).collect();
-        let stray = |key: &&FrontendKey| **key != FrontendKey::any_port(key.addr) && !owned.contains(key);
+        let owned = sorted(self.ports.values().flat_map(|state| state.frontends.iter().copied()));
+        let is_owned = |key: &FrontendKey| owned.binary_search(key).is_ok();
+        let stray = |key: &&FrontendKey| **key != FrontendKey::any_port(key.addr) && !is_owned(key);
         for key in self.memory.frontends.keys().filter(stray).copied().collect::<Vec<_>>() {
             self.remove_frontend(key, now, writes);
         }
-        let ids: BTreeSet<u32> = self.ports.values().map(|state| state.id).collect();
-        for key in
-            self.memory.source_ranges.iter().filter(|key| !ids.contains(&key.service)).copied().collect::<Vec<_>>()
-        {
+        let ids = sorted(self.ports.values().map(|state| state.id));
+        let is_stray = |id: &u32| ids.binary_search(id).is_err();
+        for key in self.memory.source_ranges.iter().filter(|key| is_stray(&key.service)).copied().collect::<Vec<_>>() {
             put(&mut self.memory, &mut writes.removed, Write::RemoveSourceRange(key));
         }
-        let endpoints: BTreeSet<u32> = self.ports.values().flat_map(|state| state.endpoints.values()).collect();
-        for id in self.memory.endpoints.keys().filter(|id| !endpoints.contains(id)).collect::<Vec<_>>() {
+        let endpoints = sorted(self.ports.values().flat_map(|state| state.endpoints.iter().copied()));
+        for id in self.memory.endpoints.keys().filter(|id| endpoints.binary_search(id).is_err()).collect::<Vec<_>>() {
             self.remove_endpoint(id, now, writes);
         }
-        for id in self.memory.services.keys().filter(|id| !ids.contains(id)).collect::<Vec<_>>() {
+        for id in self.memory.services.keys().filter(is_stray).collect::<Vec<_>>() {
             put(&mut self.memory, &mut writes.removed, Write::RemoveService(id));
             self.service_ids.rest(id, now);
         }
@@ -123,4 +125,11 @@ impl Image {
             self.service_ids.rest(id, now);
         }
     }
+}
+
+/// A sorted list: a tree of that many numbers would take several times the room.
+fn sorted<T: Ord>(elements: impl Iterator<Item = T>) -> Vec<T> {
+    let mut elements: Vec<T> = elements.collect();
+    elements.sort_unstable();
+    elements
 }

@@ -219,7 +219,7 @@ fn scratch(planner: &Book) -> Image {
 }
 
 fn sweep(image: &mut Image, planner: &Book, now: u64) -> Vec<Write> {
-    image.sweep(&planner.planner.ports().cloned().collect(), &planner.planner.any_port().copied().collect(), now)
+    image.sweep(|name| planner.planner.has_port(name), |addr| planner.planner.has_any_port(addr), now)
 }
 
 /// A change of the generator: a Service, what becomes of it, and the seconds that pass before.
@@ -271,7 +271,7 @@ proptest! {
             image = Image::restore(image.memory().clone(), now);
             prop_assert_eq!(image.apply(&planner.everything(), now), []);
             prop_assert_eq!(sweep(&mut image, &planner, now), []);
-            let ids: Vec<_> = planner.planner.ports().map(|name| (name.clone(), image.service_id(name))).collect();
+            let ids: Vec<_> = planner.everything().ports.into_keys().map(|name| { let id = image.service_id(&name); (name, id) }).collect();
             let before = view(image.memory());
             let mut kernel = image.memory().clone();
             let writes = image.apply(&update(&mut planner, service, sketch.as_ref()), now);

@@ -3,7 +3,7 @@
 //! In: the folder of pins. Out: tables without any frontend; programs, flows and settings stay, so connections that are open go on.
 //! Runs only while no agent has the folder, and the next one fills the tables again.
 
-use std::{collections::BTreeSet, path::Path};
+use std::path::Path;
 
 use anyhow::{Result, bail};
 
@@ -23,7 +23,7 @@ pub fn drain(root: &Path) -> Result<()> {
         // A connection whose endpoint is gone from the tables would be reset.
         let mut writes = image.set_terminates(false);
         writes.extend(image.set_service_cidrs(&[]));
-        writes.extend(image.sweep(&BTreeSet::new(), &BTreeSet::new(), 0));
+        writes.extend(image.sweep(|_| false, |_| false, 0));
         match store.apply(&writes) {
             Ok(()) => {}
             Err(Stopped::Failed(error)) => return Err(error),

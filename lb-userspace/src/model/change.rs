@@ -1,6 +1,6 @@
 //! What a source tells the model, and what the model makes of it.
 
-use std::{collections::BTreeSet, fmt};
+use std::{collections::BTreeSet, fmt, sync::Arc};
 
 use super::{
     object::{Node, ObjectName, Service, ServiceCidr},
@@ -96,13 +96,13 @@ pub enum Object {
     /// A Service.
     Service(Box<Service>),
     /// An EndpointSlice.
-    EndpointSlice(SliceState),
+    EndpointSlice(Box<SliceState>),
     /// A Pod.
-    Pod(PodState),
+    Pod(Arc<PodState>),
     /// A Node.
     Node(Box<Node>),
     /// A ServiceCIDR.
-    ServiceCidr(ServiceCidr),
+    ServiceCidr(Box<ServiceCidr>),
 }
 
 impl Object {

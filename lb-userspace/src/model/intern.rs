@@ -4,7 +4,7 @@
 
 use std::{collections::HashSet, sync::Arc};
 
-use super::labels::Labels;
+use super::{labels::Labels, pod::NamedPort};
 
 /// Fewer texts than this are never worth a sweep.
 const SWEEP_FROM: usize = 4096;
@@ -15,6 +15,7 @@ const SWEEP_FROM: usize = 4096;
 pub struct Interner {
     texts: HashSet<Arc<str>>,
     labels: HashSet<Labels>,
+    ports: HashSet<Arc<[NamedPort]>>,
     sweep_at: usize,
 }
 
@@ -40,6 +41,16 @@ impl Interner {
         shared
     }
 
+    /// The shared copy of a list of ports: all Pods of a Deployment have the same.
+    pub fn ports(&mut self, ports: &[NamedPort]) -> Arc<[NamedPort]> {
+        if let Some(shared) = self.ports.get(ports) {
+            return shared.clone();
+        }
+        let shared: Arc<[NamedPort]> = ports.into();
+        self.ports.insert(shared.clone());
+        shared
+    }
+
     /// Forgets what nobody else holds, once there is twice as much as after the last sweep: the cost of a sweep is
     /// spread over the insertions that led to it.
     fn sweep(&mut self) {
@@ -47,6 +58,7 @@ impl Interner {
             return;
         }
         self.labels.retain(Labels::is_shared);
+        self.ports.retain(|ports| Arc::strong_count(ports) > 1);
         self.texts.retain(|text| Arc::strong_count(text) > 1);
         self.sweep_at = 2 * (self.texts.len() + self.labels.len());
     }

@@ -4,7 +4,7 @@
 mod pod;
 mod slice;
 
-use std::{fmt, sync::Arc};
+use std::{cmp::Ordering, fmt, sync::Arc};
 
 use serde::Deserialize;
 
@@ -24,49 +24,102 @@ pub const SERVICE_NAME: &str = "kubernetes.io/service-name";
 /// The longest timeout of session affinity that the API allows, a day.
 pub const MAX_AFFINITY_SECONDS: u32 = 86_400;
 
-/// `namespace/name`; the namespace is empty for objects without one.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct ObjectName {
-    /// The namespace.
-    pub namespace: Arc<str>,
-    /// The name within it.
-    pub name: Arc<str>,
-}
+/// `namespace/name`; the namespace is empty for objects without one, and has no slash. One text for both: names stand in every
+/// table of the agent, and there are as many as the cluster has Pods.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct ObjectName(Arc<str>);
 
 impl ObjectName {
     /// The object of this name.
     #[must_use]
     pub fn new(namespace: &str, name: &str) -> Self {
-        Self { namespace: namespace.into(), name: name.into() }
+        Self(format!("{namespace}/{name}").into())
+    }
+
+    /// The namespace.
+    #[must_use]
+    pub fn namespace(&self) -> &str {
+        self.parts().0
+    }
+
+    /// The name within it.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        self.parts().1
+    }
+
+    /// The same name, as one copy that all objects share which have it.
+    #[must_use]
+    pub fn shared(&self, interner: &mut Interner) -> Self {
+        Self(interner.text(&self.0))
+    }
+
+    fn parts(&self) -> (&str, &str) {
+        self.0.split_once('/').unwrap_or_default()
+    }
+}
+
+impl Default for ObjectName {
+    fn default() -> Self {
+        Self::new("", "")
+    }
+}
+
+impl Ord for ObjectName {
+    fn cmp(&self, other: &Self) -> Ordering {
+        // Most comparisons that end with equality are of one copy with itself.
+        if Arc::ptr_eq(&self.0, &other.0) { Ordering::Equal } else { self.0.cmp(&other.0) }
+    }
+}
+
+impl PartialOrd for ObjectName {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
     }
 }
 
 impl fmt::Display for ObjectName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if self.namespace.is_empty() { f.write_str(&self.name) } else { write!(f, "{}/{}", self.namespace, self.name) }
+        f.write_str(self.0.strip_prefix('/').unwrap_or(&self.0))
     }
 }
 
 /// What all objects have.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Deserialize)]
-#[serde(default, rename_all = "camelCase")]
+#[serde(from = "WrittenMetadata")]
 pub struct Metadata {
-    /// The name.
-    #[serde(deserialize_with = "nullable")]
-    pub name: String,
-    /// The namespace; empty stands for `default` in kinds that have one.
-    #[serde(deserialize_with = "nullable")]
-    pub namespace: String,
+    /// The name, with the namespace as it was written; an empty one stands for `default` in kinds that have one.
+    pub name: ObjectName,
     /// Labels.
-    #[serde(deserialize_with = "nullable")]
     pub labels: Labels,
     /// RFC 3339; compares as text.
-    pub creation_timestamp: Option<String>,
+    pub creation_timestamp: Option<Box<str>>,
     /// Set while the object is being deleted.
-    pub deletion_timestamp: Option<String>,
+    pub deletion_timestamp: Option<Box<str>>,
     /// The annotations that are read.
-    #[serde(deserialize_with = "nullable")]
     pub annotations: Annotations,
+}
+
+/// `metadata` as it is written.
+#[derive(Default, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+struct WrittenMetadata {
+    name: Option<String>,
+    namespace: Option<String>,
+    #[serde(deserialize_with = "nullable")]
+    labels: Labels,
+    creation_timestamp: Option<Box<str>>,
+    deletion_timestamp: Option<Box<str>>,
+    #[serde(deserialize_with = "nullable")]
+    annotations: Annotations,
+}
+
+impl From<WrittenMetadata> for Metadata {
+    fn from(written: WrittenMetadata) -> Self {
+        let WrittenMetadata { name, namespace, labels, creation_timestamp, deletion_timestamp, annotations } = written;
+        let name = ObjectName::new(&namespace.unwrap_or_default(), &name.unwrap_or_default());
+        Self { name, labels, creation_timestamp, deletion_timestamp, annotations }
+    }
 }
 
 /// The annotations that are read.
@@ -75,20 +128,20 @@ pub struct Metadata {
 pub struct Annotations {
     /// When what an EndpointSlice follows changed, in RFC 3339: what kube-proxy measures its latency from.
     #[serde(rename = "endpoints.kubernetes.io/last-change-trigger-time")]
-    pub last_change_trigger_time: Option<String>,
+    pub last_change_trigger_time: Option<Box<str>>,
 }
 
 impl Metadata {
     /// The name of an object that lives in a namespace.
     #[must_use]
     pub fn namespaced(&self) -> ObjectName {
-        ObjectName::new(if self.namespace.is_empty() { "default" } else { &self.namespace }, &self.name)
+        if self.name.namespace().is_empty() { ObjectName::new("default", self.name.name()) } else { self.name.clone() }
     }
 
     /// The name of an object that lives in no namespace.
     #[must_use]
     pub fn cluster_wide(&self) -> ObjectName {
-        ObjectName::new("", &self.name)
+        if self.name.namespace().is_empty() { self.name.clone() } else { ObjectName::new("", self.name.name()) }
     }
 }
 
@@ -160,13 +213,24 @@ impl Service {
         self.metadata.labels.contains_key(SERVICE_PROXY_NAME) || self.metadata.labels.contains_key(HEADLESS)
     }
 
-    /// Lets go of labels that nobody reads and of spare memory: ten thousand Services are kept.
+    /// The first ClusterIP, as it is written.
+    #[must_use]
+    pub fn cluster_ip(&self) -> Option<&str> {
+        self.spec.cluster_ip.as_deref().or(self.spec.cluster_ips.first().map(String::as_str))
+    }
+
+    /// Lets go of what nobody reads behind the checks of a source, and of spare memory: ten thousand Services are kept.
     pub fn shrink(&mut self, interner: &mut Interner) {
+        self.metadata.name = self.metadata.namespaced().shared(interner);
+        self.metadata.annotations = Annotations::default();
+        self.spec.ip_families = Vec::new();
+        if self.spec.cluster_ips.first() == self.spec.cluster_ip.as_ref() {
+            self.spec.cluster_ip = None;
+        }
         let labels = self.metadata.labels.only(&[SERVICE_PROXY_NAME, HEADLESS]);
         self.metadata.labels = interner.labels(&labels);
         self.spec.selector = interner.labels(&self.spec.selector);
         self.spec.cluster_ips.shrink_to_fit();
-        self.spec.ip_families.shrink_to_fit();
         self.spec.ports.shrink_to_fit();
         self.spec.external_ips.shrink_to_fit();
         self.spec.load_balancer_source_ranges.shrink_to_fit();

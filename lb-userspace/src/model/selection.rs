@@ -3,36 +3,74 @@
 //! In: Pods and selectors as they come and go. Out: the two relations. Pods of one namespace with equal labels form a group
 //! (the Pods of a Deployment do), and selectors are held against groups.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{
+    borrow::Borrow,
+    cmp::Ordering,
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 
 use super::{
     labels::{Label, Labels},
     object::ObjectName,
     pod::PodState,
+    repack,
     small_set::SmallSet,
 };
-
-/// A label in a namespace.
-type Pair = (Arc<str>, Arc<str>, Arc<str>);
-/// Equal labels in a namespace.
-type GroupKey = (Arc<str>, Labels);
 
 /// The Pods and the selectors.
 #[derive(Debug, Default)]
 pub(super) struct Selection {
-    pods: BTreeMap<ObjectName, Box<PodState>>,
-    groups: BTreeMap<GroupKey, SmallSet<Arc<str>>>,
-    /// Groups that have a label.
-    groups_by_pair: BTreeMap<Pair, SmallSet<Labels>>,
-    selectors: BTreeMap<ObjectName, Selector>,
-    by_pair: BTreeMap<Pair, Selecting>,
+    namespaces: BTreeMap<Box<str>, Namespace>,
+    pod_count: usize,
 }
+
+/// Those of one namespace.
+#[derive(Debug, Default)]
+struct Namespace {
+    pods: BTreeSet<ByName>,
+    groups: BTreeMap<Labels, SmallSet<ByName>>,
+    /// Groups that have a label.
+    groups_by_label: BTreeMap<Label, SmallSet<Labels>>,
+    selectors: BTreeMap<ObjectName, Selector>,
+    by_label: BTreeMap<Label, Selecting>,
+}
+
+/// A Pod in the order of names.
+#[derive(Clone, Debug)]
+struct ByName(Arc<PodState>);
+
+impl Borrow<ObjectName> for ByName {
+    fn borrow(&self) -> &ObjectName {
+        &self.0.name
+    }
+}
+
+impl Ord for ByName {
+    fn cmp(&self, other: &Self) -> Ordering {
+        self.0.name.cmp(&other.0.name)
+    }
+}
+
+impl PartialOrd for ByName {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl PartialEq for ByName {
+    fn eq(&self, other: &Self) -> bool {
+        self.0.name == other.0.name
+    }
+}
+
+impl Eq for ByName {}
 
 /// The selector of a Service.
 #[derive(Debug)]
 struct Selector {
     labels: Labels,
-    /// The pair under which it is found.
+    /// The label under which it is found.
     home: Label,
 }
 
@@ -42,126 +80,159 @@ struct Selecting {
     /// How many do.
     count: usize,
     /// Those which are found here.
-    home: SmallSet<Arc<str>>,
+    home: SmallSet<ObjectName>,
 }
 
 impl Selection {
-    pub(super) fn pod_count(&self) -> usize {
-        self.pods.len()
+    pub(super) const fn pod_count(&self) -> usize {
+        self.pod_count
     }
 
     pub(super) fn pod(&self, name: &ObjectName) -> Option<&PodState> {
-        self.pods.get(name).map(|pod| &**pod)
+        Some(&self.namespaces.get(name.namespace())?.pods.get(name)?.0)
     }
 
-    /// Services that select Pods with these labels.
-    pub(super) fn services(&self, namespace: &Arc<str>, labels: &Labels) -> Vec<ObjectName> {
-        let mut found = Vec::new();
-        for label in labels.iter() {
-            let Some(selecting) = self.by_pair.get(&pair(namespace, label)) else { continue };
-            for name in selecting.home.iter() {
-                let service = ObjectName { namespace: namespace.clone(), name: name.clone() };
-                if self.selectors.get(&service).is_some_and(|selector| labels.match_all(&selector.labels)) {
-                    found.push(service);
-                }
-            }
-        }
-        found
+    /// Services that select a Pod.
+    pub(super) fn services(&self, pod: &PodState) -> Vec<ObjectName> {
+        let namespace = self.namespaces.get(pod.name.namespace());
+        namespace.map(|namespace| namespace.services(&pod.labels)).unwrap_or_default()
     }
 
     /// Pods that a Service selects, by name within each group.
-    pub(super) fn selected<'a>(&'a self, service: &'a ObjectName) -> impl Iterator<Item = &'a PodState> {
-        let namespace = &service.namespace;
-        self.selectors
-            .get(service)
-            .into_iter()
-            .flat_map(move |selector| {
-                // The label that the fewest groups have leaves the fewest to look at.
-                let fewest = selector
-                    .labels
-                    .iter()
-                    .map(|label| self.groups_by_pair.get(&pair(namespace, label)))
-                    .min_by_key(|groups| groups.map_or(0, SmallSet::len))
-                    .flatten();
-                fewest.into_iter().flat_map(SmallSet::iter).filter(|labels| labels.match_all(&selector.labels))
-            })
-            .filter_map(move |labels| self.groups.get(&(namespace.clone(), labels.clone())))
-            .flat_map(SmallSet::iter)
-            .filter_map(move |name| self.pods.get(&ObjectName { namespace: namespace.clone(), name: name.clone() }))
-            .map(|pod| &**pod)
+    pub(super) fn selected(&self, service: &ObjectName) -> impl Iterator<Item = &PodState> {
+        let namespace = self.namespaces.get(service.namespace());
+        namespace.into_iter().flat_map(move |namespace| namespace.selected(service))
     }
 
     /// Puts a Pod in place of the one of this name, which is handed back.
-    pub(super) fn insert_pod(&mut self, pod: PodState) -> Option<PodState> {
+    pub(super) fn insert_pod(&mut self, pod: Arc<PodState>) -> Option<Arc<PodState>> {
         let old = self.remove_pod(&pod.name);
-        let namespace = pod.name.namespace.clone();
-        let group = self.groups.entry((namespace.clone(), pod.labels.clone())).or_default();
-        if group.is_empty() {
-            for label in pod.labels.iter() {
-                self.groups_by_pair.entry(pair(&namespace, label)).or_default().insert(pod.labels.clone());
-            }
-        }
-        group.insert(pod.name.name.clone());
-        self.pods.insert(pod.name.clone(), Box::new(pod));
+        self.namespace(&pod.name).insert_pod(ByName(pod));
+        self.pod_count += 1;
         old
     }
 
-    pub(super) fn remove_pod(&mut self, name: &ObjectName) -> Option<PodState> {
-        let pod = self.pods.remove(name)?;
-        let namespace = name.namespace.clone();
-        let key = (namespace.clone(), pod.labels.clone());
-        if let Some(group) = self.groups.get_mut(&key) {
-            group.remove(&name.name);
+    pub(super) fn remove_pod(&mut self, name: &ObjectName) -> Option<Arc<PodState>> {
+        let pod = self.namespaces.get_mut(name.namespace())?.remove_pod(name)?;
+        self.pod_count -= 1;
+        self.forget_if_empty(name);
+        Some(pod)
+    }
+
+    /// Sets a Service's selector; an empty one selects nothing.
+    pub(super) fn set_selector(&mut self, service: &ObjectName, labels: &Labels) {
+        self.namespace(service).set_selector(service, labels);
+        self.forget_if_empty(service);
+    }
+
+    pub(super) fn remove_selector(&mut self, service: &ObjectName) {
+        if let Some(namespace) = self.namespaces.get_mut(service.namespace()) {
+            namespace.remove_selector(service);
+            self.forget_if_empty(service);
+        }
+    }
+
+    /// Gives spare room back.
+    pub(super) fn compact(&mut self) {
+        for namespace in self.namespaces.values_mut() {
+            namespace.pods = std::mem::take(&mut namespace.pods).into_iter().collect();
+            repack(&mut namespace.groups);
+            repack(&mut namespace.groups_by_label);
+            repack(&mut namespace.selectors);
+            repack(&mut namespace.by_label);
+        }
+    }
+
+    fn namespace(&mut self, name: &ObjectName) -> &mut Namespace {
+        self.namespaces.entry(name.namespace().into()).or_default()
+    }
+
+    fn forget_if_empty(&mut self, name: &ObjectName) {
+        let is_empty = |namespace: &Namespace| namespace.pods.is_empty() && namespace.selectors.is_empty();
+        if self.namespaces.get(name.namespace()).is_some_and(is_empty) {
+            self.namespaces.remove(name.namespace());
+        }
+    }
+}
+
+impl Namespace {
+    fn services(&self, labels: &Labels) -> Vec<ObjectName> {
+        let candidates = labels.iter().filter_map(|label| self.by_label.get(label)).flat_map(|it| it.home.iter());
+        let selects = |service: &&ObjectName| {
+            self.selectors.get(*service).is_some_and(|selector| labels.match_all(&selector.labels))
+        };
+        candidates.filter(selects).cloned().collect()
+    }
+
+    fn selected(&self, service: &ObjectName) -> impl Iterator<Item = &PodState> {
+        let selecting = self.selectors.get(service).into_iter().flat_map(move |selector| {
+            // The label that the fewest groups have leaves the fewest to look at.
+            let groups = selector.labels.iter().map(|label| self.groups_by_label.get(label));
+            let fewest = groups.min_by_key(|groups| groups.map_or(0, SmallSet::len)).flatten();
+            fewest.into_iter().flat_map(SmallSet::iter).filter(|labels| labels.match_all(&selector.labels))
+        });
+        selecting.filter_map(|labels| self.groups.get(labels)).flat_map(SmallSet::iter).map(|pod| &*pod.0)
+    }
+
+    fn insert_pod(&mut self, pod: ByName) {
+        let labels = &pod.0.labels;
+        let group = self.groups.entry(labels.clone()).or_default();
+        if group.is_empty() {
+            for label in labels.iter() {
+                self.groups_by_label.entry(label.clone()).or_default().insert(labels.clone());
+            }
+        }
+        group.insert(pod.clone());
+        self.pods.insert(pod);
+    }
+
+    fn remove_pod(&mut self, name: &ObjectName) -> Option<Arc<PodState>> {
+        let pod = self.pods.take(name)?;
+        let labels = &pod.0.labels;
+        if let Some(group) = self.groups.get_mut(labels) {
+            group.remove(&pod);
             if group.is_empty() {
-                self.groups.remove(&key);
-                for label in pod.labels.iter() {
-                    let pair = pair(&namespace, label);
-                    if let Some(groups) = self.groups_by_pair.get_mut(&pair) {
-                        groups.remove(&pod.labels);
+                self.groups.remove(labels);
+                for label in labels.iter() {
+                    if let Some(groups) = self.groups_by_label.get_mut(label) {
+                        groups.remove(labels);
                         if groups.is_empty() {
-                            self.groups_by_pair.remove(&pair);
+                            self.groups_by_label.remove(label);
                         }
                     }
                 }
             }
         }
-        Some(*pod)
+        Some(pod.0)
     }
 
-    /// Sets a Service's selector; an empty one selects nothing.
-    pub(super) fn set_selector(&mut self, service: &ObjectName, labels: &Labels) {
+    fn set_selector(&mut self, service: &ObjectName, labels: &Labels) {
         if self.selectors.get(service).is_some_and(|selector| selector.labels == *labels) {
             return;
         }
         self.remove_selector(service);
-        let namespace = &service.namespace;
         for label in labels.iter() {
-            self.by_pair.entry(pair(namespace, label)).or_default().count += 1;
+            self.by_label.entry(label.clone()).or_default().count += 1;
         }
         // Under the label that the fewest ask for, or a label that all Services have would find them all.
-        let count = |label: &&Label| self.by_pair.get(&pair(namespace, label)).map(|selecting| selecting.count);
+        let count = |label: &&Label| self.by_label.get(*label).map(|selecting| selecting.count);
         let Some(home) = labels.iter().min_by_key(count).cloned() else { return };
-        self.by_pair.entry(pair(namespace, &home)).or_default().home.insert(service.name.clone());
+        self.by_label.entry(home.clone()).or_default().home.insert(service.clone());
         self.selectors.insert(service.clone(), Selector { labels: labels.clone(), home });
     }
 
-    pub(super) fn remove_selector(&mut self, service: &ObjectName) {
+    fn remove_selector(&mut self, service: &ObjectName) {
         let Some(Selector { labels, home }) = self.selectors.remove(service) else { return };
-        if let Some(selecting) = self.by_pair.get_mut(&pair(&service.namespace, &home)) {
-            selecting.home.remove(&service.name);
+        if let Some(selecting) = self.by_label.get_mut(&home) {
+            selecting.home.remove(service);
         }
         for label in labels.iter() {
-            let pair = pair(&service.namespace, label);
-            if let Some(selecting) = self.by_pair.get_mut(&pair) {
+            if let Some(selecting) = self.by_label.get_mut(label) {
                 selecting.count -= 1;
                 if selecting.count == 0 {
-                    self.by_pair.remove(&pair);
+                    self.by_label.remove(label);
                 }
             }
         }
     }
-}
-
-fn pair(namespace: &Arc<str>, (key, value): &Label) -> Pair {
-    (namespace.clone(), key.clone(), value.clone())
 }

@@ -19,7 +19,7 @@ pub struct SliceState {
     /// Its name.
     pub name: ObjectName,
     /// The Service that it belongs to, in the same namespace; none if no label names one or the slice is hidden.
-    pub service: Option<Arc<str>>,
+    pub service: Option<ObjectName>,
     /// Ports that have a name (which may be empty) and a number.
     pub ports: Box<[NamedPort]>,
     /// Endpoints that have an address of the slice's family.
@@ -59,10 +59,10 @@ impl SliceState {
     pub fn new(slice: &EndpointSlice, interner: &mut Interner) -> (Self, Vec<FieldError>) {
         let mut errors = Vec::new();
         let metadata = &slice.metadata;
-        let mut name = metadata.namespaced();
-        name.namespace = interner.text(&name.namespace);
+        let name = metadata.namespaced();
         let service = metadata.labels.get(SERVICE_NAME).filter(|service| !service.is_empty());
-        let service = service.filter(|_| !metadata.labels.contains_key(HEADLESS)).map(|service| interner.text(service));
+        let service = service.filter(|_| !metadata.labels.contains_key(HEADLESS));
+        let service = service.map(|service| ObjectName::new(name.namespace(), service).shared(interner));
         let ports = slice.ports.iter().filter_map(|port| {
             Some(NamedPort {
                 name: interner.text(port.name.as_deref()?),
@@ -99,12 +99,6 @@ impl SliceState {
         let changed = metadata.annotations.last_change_trigger_time.as_deref();
         let changed = changed.and_then(|text| text.parse::<jiff::Timestamp>().ok()).map(jiff::Timestamp::as_second);
         (Self { name, service, ports, endpoints, changed }, errors)
-    }
-
-    /// The Service that it belongs to.
-    pub(super) fn service_name(&self) -> Option<ObjectName> {
-        let name = self.service.clone()?;
-        Some(ObjectName { namespace: self.name.namespace.clone(), name })
     }
 
     /// What this slice says about its Service.

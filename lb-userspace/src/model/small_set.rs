@@ -1,8 +1,8 @@
-//! A sorted list as a set: most sets of the model hold one element or four, and there are tens of thousands of them.
+//! A sorted list as a set: most sets of the model and of the image hold one element or four, and there are tens of thousands of them.
 
 /// A set in the order of its elements.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct SmallSet<T>(Vec<T>);
+pub(crate) struct SmallSet<T>(Vec<T>);
 
 impl<T> Default for SmallSet<T> {
     fn default() -> Self {
@@ -11,31 +11,36 @@ impl<T> Default for SmallSet<T> {
 }
 
 impl<T: Ord> SmallSet<T> {
-    pub(super) fn insert(&mut self, element: T) {
+    pub(crate) fn insert(&mut self, element: T) {
         if let Err(at) = self.0.binary_search(&element) {
             // A vector's own first step is four elements.
-            if self.0.is_empty() {
+            if self.0.len() < 4 {
                 self.0.reserve_exact(1);
             }
             self.0.insert(at, element);
         }
     }
 
-    pub(super) fn remove(&mut self, element: &T) {
+    pub(crate) fn remove(&mut self, element: &T) {
         if let Ok(at) = self.0.binary_search(element) {
             self.0.remove(at);
         }
     }
 
-    pub(super) fn iter(&self) -> std::slice::Iter<'_, T> {
+    /// Takes out what a predicate picks.
+    pub(crate) fn extract(&mut self, mut picks: impl FnMut(&T) -> bool) -> Vec<T> {
+        self.0.extract_if(.., |element| picks(element)).collect()
+    }
+
+    pub(crate) fn iter(&self) -> std::slice::Iter<'_, T> {
         self.0.iter()
     }
 
-    pub(super) const fn len(&self) -> usize {
+    pub(crate) const fn len(&self) -> usize {
         self.0.len()
     }
 
-    pub(super) const fn is_empty(&self) -> bool {
+    pub(crate) const fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 }
@@ -52,6 +57,8 @@ mod tests {
         }
         set.remove(&2);
         set.remove(&7);
+        set.insert(5);
+        assert_eq!(set.extract(|element| *element > 3), [5]);
         assert_eq!(set.iter().copied().collect::<Vec<_>>(), [1, 3]);
         assert_eq!((set.len(), set.is_empty()), (2, false));
     }

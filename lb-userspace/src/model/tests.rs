@@ -13,12 +13,12 @@ fn service(value: Value) -> Change {
 
 fn slice(value: Value) -> Change {
     let slice = serde_json::from_value(value).unwrap();
-    Change::Upsert(Object::EndpointSlice(SliceState::new(&slice, &mut Interner::default()).0))
+    Change::Upsert(Object::EndpointSlice(SliceState::new(&slice, &mut Interner::default()).0.into()))
 }
 
 fn pod(value: Value) -> Change {
     let pod = serde_json::from_value(value).unwrap();
-    Change::Upsert(Object::Pod(PodState::new(&pod, &mut Interner::default()).0))
+    Change::Upsert(Object::Pod(PodState::new(&pod, &mut Interner::default()).0.into()))
 }
 
 fn node(value: Value) -> Change {

@@ -12,7 +12,7 @@ use std::{
 use lb_common::{addr::Addr, layout::FrontendKey};
 
 use super::{PlannedFrontend, PortName, PortPlan, Problem, ServicePlan};
-use crate::model::{ObjectName, object::Protocol};
+use crate::model::{ObjectName, object::Protocol, repack};
 
 /// Age and name of a port: the smallest claim of a frontend wins. Objects without a time (manifests) count as oldest. All
 /// frontends of a port share one.
@@ -215,14 +215,24 @@ impl Planner {
         port
     }
 
-    /// Every port there is.
-    pub fn ports(&self) -> impl Iterator<Item = &PortName> {
-        self.services.values().flat_map(|entry| entry.ports.iter().map(Claimed::name))
+    /// Gives spare room back, once a first list is planned.
+    pub fn compact(&mut self) {
+        repack(&mut self.services);
+        repack(&mut self.claims);
+        repack(&mut self.any_port);
     }
 
-    /// Every address of which other ports are refused.
-    pub fn any_port(&self) -> impl Iterator<Item = &Addr> {
-        self.any_port.keys()
+    /// Whether there is such a port.
+    #[must_use]
+    pub fn has_port(&self, name: &PortName) -> bool {
+        let service = self.services.get(&name.service);
+        service.is_some_and(|claims| claims.ports.iter().any(|port| port.name() == name))
+    }
+
+    /// Whether other ports of an address are refused.
+    #[must_use]
+    pub fn has_any_port(&self, addr: &Addr) -> bool {
+        self.any_port.contains_key(addr)
     }
 
     /// The frontends that ports of a Service claim, but others have.
@@ -308,7 +318,7 @@ impl Book {
         let ports = self.plans.values().flat_map(|plan| plan.ports.iter().cloned());
         Step {
             ports: ports.map(|port| (port.name.clone(), Some(Arc::new(self.planner.granted(port))))).collect(),
-            any_port: self.planner.any_port().map(|addr| (*addr, true)).collect(),
+            any_port: self.planner.any_port.keys().map(|addr| (*addr, true)).collect(),
         }
     }
 }
@@ -348,7 +358,7 @@ mod tests {
             let ports = port.as_ref().map(|port| {
                 port.frontends.iter().map(|frontend| frontend.key.port.number().to_string()).collect::<Vec<_>>()
             });
-            format!("{}: {}", name.service.name, ports.map_or("gone".into(), |ports| ports.join(",")))
+            format!("{}: {}", name.service.name(), ports.map_or("gone".into(), |ports| ports.join(",")))
         };
         step.ports.iter().map(entry).collect()
     }
@@ -405,7 +415,7 @@ mod tests {
                 let mut free: BTreeSet<u16> = (80..86).collect();
                 for ((_, name), ports) in &there {
                     let won: BTreeSet<u16> = ports.iter().copied().filter(|port| free.remove(port)).collect();
-                    let port = followed.ports.iter().find(|(port, _)| *port.service.name == **name).unwrap().1;
+                    let port = followed.ports.iter().find(|(port, _)| port.service.name() == *name).unwrap().1;
                     let has: BTreeSet<u16> =
                         port.as_ref().unwrap().frontends.iter().map(|frontend| frontend.key.port.number()).collect();
                     prop_assert_eq!(has, won, "{}", name);

@@ -34,7 +34,7 @@ impl Expected {
                 Change::Upsert(Object::EndpointSlice(slice)) => {
                     expected.endpoints += slice.ports.len() * slice.endpoints.len();
                 }
-                Change::Upsert(Object::Pod(pod)) => pod_addrs += pod.addrs.len(),
+                Change::Upsert(Object::Pod(pod)) => pod_addrs += pod.addrs.iter().count(),
                 Change::Upsert(Object::Node(_) | Object::ServiceCidr(_)) | Change::Delete(..) => {}
             }
         }
@@ -84,13 +84,13 @@ mod tests {
                     "conditions":[{{"type":"Ready","status":"True"}}]}}}}"#
             );
             let (pod, _) = PodState::new(&serde_json::from_str(&pod).unwrap(), &mut interner);
-            changes.push(Change::Upsert(Object::Pod(pod)));
+            changes.push(Change::Upsert(Object::Pod(pod.into())));
         }
         let slice = r#"{"metadata":{"name":"s1-x","labels":{"kubernetes.io/service-name":"s1"}},"addressType":"IPv4",
             "ports":[{"name":"a","port":80},{"name":"b","port":81}],
             "endpoints":[{"addresses":["10.0.1.1"]},{"addresses":["10.0.1.2"]},{"addresses":["10.0.1.3"]}]}"#;
         let (slice, _) = SliceState::new(&serde_json::from_str(slice).unwrap(), &mut interner);
-        changes.push(Change::Upsert(Object::EndpointSlice(slice)));
+        changes.push(Change::Upsert(Object::EndpointSlice(slice.into())));
         let expected = Expected::of(&changes);
         let mut pipeline = Pipeline::new("node1", NodeOptions::default(), Image::default());
         for change in changes {

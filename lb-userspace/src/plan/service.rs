@@ -76,8 +76,7 @@ struct Family {
 }
 
 fn is_headless(service: &Service) -> bool {
-    let first = service.spec.cluster_ip.as_deref().or(service.spec.cluster_ips.first().map(String::as_str));
-    matches!(first, None | Some("" | "None"))
+    matches!(service.cluster_ip(), None | Some("" | "None"))
 }
 
 /// Reads the Service's addresses and notes what it could not read.

@@ -175,8 +175,9 @@ fn router(name: &ObjectName, endpoints: Arc<AtomicUsize>, health: Arc<Health>) -
     })
 }
 
-fn respond(ObjectName { namespace, name }: &ObjectName, count: usize, healthy: bool) -> Response<Body> {
+fn respond(service: &ObjectName, count: usize, healthy: bool) -> Response<Body> {
     let status = if count != 0 && healthy { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+    let (namespace, name) = (service.namespace(), service.name());
     let body = format!(
         "{{\n\t\"service\": {{\n\t\t\"namespace\": \"{namespace}\",\n\t\t\"name\": \"{name}\"\n\t}},\n\
          \t\"localEndpoints\": {count},\n\t\"serviceProxyHealthy\": {healthy}\n}}"

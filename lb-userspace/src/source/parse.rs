@@ -5,7 +5,7 @@
 
 use std::{
     path::Path,
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 use serde::{Deserialize, Deserializer, de::DeserializeOwned};
@@ -201,11 +201,8 @@ impl Parser<'_> {
             self.parsed.skipped += 1;
             return;
         };
-        let name = object::Metadata {
-            name: metadata.name.unwrap_or_default(),
-            namespace: metadata.namespace.unwrap_or_default(),
-            ..object::Metadata::default()
-        };
+        let (namespace, name) = (metadata.namespace.unwrap_or_default(), metadata.name.unwrap_or_default());
+        let name = object::Metadata { name: ObjectName::new(&namespace, &name), ..object::Metadata::default() };
         let name = match known {
             Kind::Service | Kind::EndpointSlice | Kind::Pod => name.namespaced(),
             Kind::Node | Kind::ServiceCidr => name.cluster_wide(),
@@ -215,7 +212,13 @@ impl Parser<'_> {
             let message = format!("{api_version:?} is not read; write {:?}", known.api_version());
             return self.problem(Some((known, &name)), place, FieldError::new("apiVersion", message));
         }
-        if name.name.is_empty() {
+        if namespace.contains('/') {
+            self.parsed.unidentified = true;
+            let error =
+                FieldError::new("metadata.namespace", format!("{namespace:?} has a slash; write a namespace's name"));
+            return self.problem(Some((known, &name)), place, error);
+        }
+        if name.name().is_empty() {
             self.parsed.unidentified = true;
             let error = FieldError::new("metadata.name", "missing; give the object a name");
             return self.problem(Some((known, &name)), place, error);
@@ -284,12 +287,12 @@ fn read<T: Outline>(
         Kind::EndpointSlice => {
             let slice = outline.read().map_err(one)?;
             let (slice, errors) = SliceState::new(&slice, &mut lock(interner));
-            (Object::EndpointSlice(slice), errors)
+            (Object::EndpointSlice(Box::new(slice)), errors)
         }
         Kind::Pod => {
             let pod = outline.read().map_err(one)?;
             let (pod, errors) = PodState::new(&pod, &mut lock(interner));
-            (Object::Pod(pod), errors)
+            (Object::Pod(Arc::new(pod)), errors)
         }
         Kind::Node => {
             let node: object::Node = outline.read().map_err(one)?;
@@ -299,7 +302,7 @@ fn read<T: Outline>(
         Kind::ServiceCidr => {
             let cidr: object::ServiceCidr = outline.read().map_err(one)?;
             let errors = check::service_cidr(&cidr);
-            (Object::ServiceCidr(cidr), errors)
+            (Object::ServiceCidr(Box::new(cidr)), errors)
         }
     })
 }

@@ -22,10 +22,10 @@ fn told(update: &Update) -> Vec<String> {
     let tell = |change: &Change| match change {
         Change::Upsert(Object::Service(service)) => {
             let port = service.spec.ports.first().map_or(0, |port| port.port);
-            format!("+{}:{port}", service.metadata.name)
+            format!("+{}:{port}", service.metadata.name.name())
         }
         Change::Upsert(object) => format!("+{} {}", object.kind(), object.name()),
-        Change::Delete(Kind::Service, name) => format!("-{}", name.name),
+        Change::Delete(Kind::Service, name) => format!("-{}", name.name()),
         Change::Delete(kind, name) => format!("-{kind} {name}"),
     };
     update.changes.iter().map(tell).collect()

@@ -12,8 +12,8 @@ pub fn object(value: &Value, interner: &mut Interner) -> Object {
         Kind::Service => Object::Service(of(value)),
         Kind::Node => Object::Node(of(value)),
         Kind::ServiceCidr => Object::ServiceCidr(of(value)),
-        Kind::EndpointSlice => Object::EndpointSlice(SliceState::new(&of::<EndpointSlice>(value), interner).0),
-        Kind::Pod => Object::Pod(PodState::new(&of::<Pod>(value), interner).0),
+        Kind::EndpointSlice => Object::EndpointSlice(SliceState::new(&of::<EndpointSlice>(value), interner).0.into()),
+        Kind::Pod => Object::Pod(PodState::new(&of::<Pod>(value), interner).0.into()),
     }
 }
 

@@ -199,7 +199,7 @@ fn cost_of_a_label(lab: &Lab, services: u32) -> (u64, u64, u64) {
         );
         let (pod, errors) = PodState::new(&serde_json::from_str(&text).unwrap(), &mut interner);
         assert_eq!(errors, []);
-        Change::Upsert(Object::Pod(pod))
+        Change::Upsert(Object::Pod(pod.into()))
     };
     for service in 0..services {
         let addr = Ipv4Addr::from(0x0a60_0001 + service).to_string();

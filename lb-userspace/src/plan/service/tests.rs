@@ -1,11 +1,12 @@
+use crate::model::ObjectName;
+
 use super::*;
 use crate::model::object::{ClientIpConfig, LoadBalancerIngress, Protocol, SessionAffinityConfig};
 use crate::plan::Detected;
 
 fn service(edit: impl FnOnce(&mut Service)) -> Service {
     let mut service = Service::default();
-    service.metadata.name = "web".into();
-    service.metadata.namespace = "shop".into();
+    service.metadata.name = ObjectName::new("shop", "web");
     service.spec.cluster_ip = Some("172.30.0.41".into());
     service.spec.cluster_ips = vec!["172.30.0.41".into()];
     service.spec.ports = vec![ServicePort { name: "http".into(), port: 80, ..ServicePort::default() }];

@@ -52,7 +52,7 @@ impl Services {
             let Some(name) = port_name(name) else { continue };
             let counters = counters.get(&id).copied().unwrap_or_default();
             let protocol = name.protocol.to_string();
-            let labels = [&*name.service.namespace, &*name.service.name, &*name.port, protocol.as_str()];
+            let labels = [name.service.namespace(), name.service.name(), &*name.port, protocol.as_str()];
             self.connections.with_label_values(&labels).inc_by(counters.connections);
             let [namespace, service, port, protocol] = labels;
             for (direction, packets, bytes) in [

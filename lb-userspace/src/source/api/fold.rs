@@ -113,7 +113,7 @@ impl Fold {
         match object {
             // Hidden ones are not sent at all, so no label has a meaning any more.
             Object::Service(service) => service.metadata.labels = Labels::default(),
-            Object::Node(node) if node.metadata.name == self.own_name => self.own_node = OwnNode::new(node),
+            Object::Node(node) if node.metadata.name.name() == self.own_name => self.own_node = OwnNode::new(node),
             Object::Node(_) | Object::EndpointSlice(_) | Object::Pod(_) | Object::ServiceCidr(_) => {}
         }
     }
@@ -135,7 +135,7 @@ impl Fold {
     }
 
     fn forget(&mut self, kind: Kind, name: ObjectName) {
-        if kind == Kind::Node && *name.name == *self.own_name {
+        if kind == Kind::Node && name.name() == self.own_name {
             self.own_node = OwnNode::default();
         }
         let key = (kind, name);

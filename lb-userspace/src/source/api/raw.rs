@@ -38,9 +38,9 @@ struct HeadMetadata {
 impl Raw {
     /// Its name.
     pub(super) fn name(&self, kind: Kind) -> ObjectName {
-        let text = |text: &Option<String>| text.clone().unwrap_or_default();
-        let metadata =
-            Metadata { name: text(&self.meta.name), namespace: text(&self.meta.namespace), ..Metadata::default() };
+        let text = |text: &'_ Option<String>| text.as_deref().unwrap_or_default().to_owned();
+        let name = ObjectName::new(&text(&self.meta.namespace), &text(&self.meta.name));
+        let metadata = Metadata { name, ..Metadata::default() };
         match kind {
             Kind::Service | Kind::EndpointSlice | Kind::Pod => metadata.namespaced(),
             Kind::Node | Kind::ServiceCidr => metadata.cluster_wide(),

@@ -138,10 +138,10 @@ fn short(change: &Change) -> String {
     match change {
         Change::Upsert(Object::Service(service)) => {
             let ports: Vec<String> = service.spec.ports.iter().map(|port| port.port.to_string()).collect();
-            format!("+{}:{}", service.metadata.name, ports.join(","))
+            format!("+{}:{}", service.metadata.name.name(), ports.join(","))
         }
-        Change::Upsert(object) => format!("+{} {}", object.kind(), object.name().name),
-        Change::Delete(kind, name) => format!("-{kind} {}", name.name),
+        Change::Upsert(object) => format!("+{} {}", object.kind(), object.name().name()),
+        Change::Delete(kind, name) => format!("-{kind} {}", name.name()),
     }
 }
 
