@@ -5,6 +5,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::{self, BufRead, BufReader, Read as _, Write as _};
+use std::iter;
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -263,7 +264,10 @@ fn stream_lines(stream: &mut TcpStream, first: &str, lines: &Receiver<Arc<str>>,
     chunk(first)?;
     while !shared.is_over() {
         match lines.recv_timeout(TICK) {
-            Ok(line) => chunk(&line)?,
+            // As the real one: what waits goes out together.
+            Ok(line) => {
+                chunk(&iter::once(line).chain(lines.try_iter()).map(|line| line.to_string()).collect::<String>())?
+            }
             Err(RecvTimeoutError::Timeout) => {}
             Err(RecvTimeoutError::Disconnected) => break,
         }

@@ -183,7 +183,7 @@ fn measure(options: &Options, size: Size, proxy: Proxy) -> Result<Measured> {
         interrupt::check()?;
         thread::sleep(PAUSE);
         let service = probes[number % probes.len()];
-        let pod = lab.pod(1, if number / probes.len() % 2 == 0 { 2 } else { 1 });
+        let pod = lab.pod(1, if (number / probes.len()).is_multiple_of(2) { 2 } else { 1 });
         let object = slice(size, service, Some(pod.v4.into()));
         let begin = Instant::now();
         server.put(object);
