@@ -1,5 +1,6 @@
 //! Set-up, demonstration, tests and checks of the project: one file a subcommand, here only their names.
 
+mod chaos;
 mod check;
 mod cluster;
 mod conformance;
@@ -34,6 +35,8 @@ enum Task {
     Test(test::Options),
     /// Check format, lints, the eBPF object and what is counted (root), or with --kernel the agent on other kernels
     Check(check::Options),
+    /// Let things happen at random to a cluster, and see that none of it is noticed (root; ten minutes)
+    Chaos(chaos::Options),
     /// Look for inputs that make what reads packets fail, with libFuzzer
     Fuzz(fuzz::Options),
     /// A real control plane and agents on it, to look at (root)
@@ -54,6 +57,7 @@ fn main() -> ExitCode {
         Task::Demo(options) => demo::run(&options),
         Task::Test(options) => test::run(&options),
         Task::Check(options) => check::run(&options),
+        Task::Chaos(options) => chaos::run(&options),
         Task::Fuzz(options) => fuzz::run(&options),
         Task::Cluster(options) => cluster::run(&options),
         Task::Conformance(options) => conformance::run(&options),
