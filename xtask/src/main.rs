@@ -8,6 +8,7 @@ mod demo;
 mod fuzz;
 mod interrupt;
 mod kernels;
+mod loops;
 mod process;
 mod scale;
 mod setup;
