@@ -15,6 +15,7 @@ use anyhow::{Context, Result, ensure};
 
 use self::askers::Asked;
 use self::events::Events;
+use self::judge::Judgement;
 use crate::cluster::{TARGET, web};
 use crate::control_plane::ControlPlane;
 use crate::kube_proxy::CLUSTER_CIDR;
@@ -49,6 +50,8 @@ pub struct Report {
     pub answered: u64,
     /// Packets whose fate was compared at the end.
     pub compared: usize,
+    /// Those of them that go to an endpoint.
+    pub forwarded: usize,
 }
 
 /// A lab with a control plane and an agent on each node; what needs others ends before them.
@@ -89,10 +92,10 @@ pub fn run(options: &Options, say: impl Fn(&str)) -> Result<Report> {
         asked
     );
     say("all is quiet; every frontend is looked at");
-    let compared = world.until_settled().with_context(|| format!("seed {seed}: {events:?}"))?;
+    let judgement = world.until_settled().with_context(|| format!("seed {seed}: {events:?}"))?;
     events::remove_all(&world.plane.api());
     before.until_again(&world).with_context(|| format!("seed {seed}: {events:?}"))?;
-    Ok(Report { events, answered: asked.answered, compared })
+    Ok(Report { events, answered: asked.answered, compared: judgement.compared, forwarded: judgement.forwarded })
 }
 
 fn happen(world: &mut World, options: &Options, say: &impl Fn(&str)) -> Result<Vec<(&'static str, u32)>> {
@@ -133,13 +136,14 @@ impl World {
         Ok(world)
     }
 
-    /// Waits until every frontend of every node is as the model has it, and says of how many packets.
-    fn until_settled(&self) -> Result<usize> {
+    /// Waits until every frontend of every node is as the model has it, and says what was compared.
+    fn until_settled(&self) -> Result<Judgement> {
         let start = Instant::now();
         loop {
-            let (compared, wrong) = judge::compare(self)?;
+            let judgement = judge::compare(self)?;
+            let Judgement { compared, wrong, .. } = &judgement;
             if wrong.is_empty() {
-                return Ok(compared);
+                return Ok(judgement);
             }
             ensure!(
                 start.elapsed() < SETTLED,

@@ -16,5 +16,5 @@ fn whatever_happens_connections_to_lasting_endpoints_go_on_and_every_frontend_is
     println!("{report:?}");
     assert!(report.events.iter().map(|(_, count)| count).sum::<u32>() > 50, "little happened: {report:?}");
     assert!(report.answered > 1000, "few asked: {report:?}");
-    assert!(report.compared > 500, "little was compared: {report:?}");
+    assert!(report.forwarded > 100, "little was compared: {report:?}");
 }

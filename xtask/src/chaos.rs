@@ -39,8 +39,9 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     let events: Vec<String> = report.events.iter().map(|(what, count)| format!("{count} × {what}")).collect();
     println!("{}", events.join(", "));
     println!(
-        "{} connections and datagrams to lasting endpoints, none failed; {} packets of {} have the fate that the model says",
-        report.answered, report.compared, report.compared
+        "{} connections and datagrams to lasting endpoints, none failed; {} packets, {} of them to endpoints, have the fate that the model \
+         says",
+        report.answered, report.compared, report.forwarded
     );
     Ok(ExitCode::SUCCESS)
 }

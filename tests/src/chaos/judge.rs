@@ -15,10 +15,21 @@ use crate::lab::{Lab, Node};
 use crate::specification::{Cluster, Detector, Fate, Node as Seen, Packet};
 use crate::topology::{OUTSIDE_V4, OUTSIDE_V6};
 
-/// Asks every agent for every packet: how many were compared, and those that differ, in words.
-pub fn compare(world: &World) -> Result<(usize, Vec<String>)> {
+/// What came of comparing.
+#[derive(Debug, Default)]
+pub struct Judgement {
+    /// Packets.
+    pub compared: usize,
+    /// Those of them that go to an endpoint.
+    pub forwarded: usize,
+    /// Those whose fate differs, in words.
+    pub wrong: Vec<String>,
+}
+
+/// Asks every agent for every packet.
+pub fn compare(world: &World) -> Result<Judgement> {
     let objects = objects(world)?;
-    let (mut compared, mut wrong) = (0, Vec::new());
+    let mut judgement = Judgement::default();
     for (node, agent) in world.lab.nodes.iter().zip(&world.agents) {
         let seen = seen(node)?;
         let cluster = Cluster { objects: &objects, node: &seen };
@@ -26,13 +37,14 @@ pub fn compare(world: &World) -> Result<(usize, Vec<String>)> {
         let answers = explain(agent, &packets)?;
         for (packet, answer) in packets.iter().zip(&answers) {
             let (fate, expected) = (fate(answer)?, cluster.fate(packet));
+            judgement.compared += 1;
+            judgement.forwarded += usize::from(matches!(expected, Fate::Forward(_)));
             if fate != expected {
-                wrong.push(format!("{}: {packet:?}: {fate:?}, and by the model {expected:?}", node.name));
+                judgement.wrong.push(format!("{}: {packet:?}: {fate:?}, and by the model {expected:?}", node.name));
             }
         }
-        compared += packets.len();
     }
-    Ok((compared, wrong))
+    Ok(judgement)
 }
 
 /// What the API server has, as manifests would say it.
@@ -125,10 +137,8 @@ fn explain(agent: &Agent, packets: &[Packet]) -> Result<Vec<Value>> {
     let mut input = tempfile::NamedTempFile::new().context("a file for packets")?;
     for packet in packets {
         let Packet { from, to, port, protocol, .. } = packet;
-        let mut line = json!({"from": from, "to": to, "port": port, "protocol": protocol});
-        if !packet.from_node {
-            line["from_interface"] = packet.interface.into();
-        }
+        // By which interface it enters is of no importance to a detector by address.
+        let line = json!({"from": from, "to": to, "port": port, "protocol": protocol});
         writeln!(input, "{line}").context("writing packets")?;
     }
     let path = input.path().display().to_string();
