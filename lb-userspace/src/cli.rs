@@ -8,7 +8,7 @@ pub mod pins;
 mod preflight;
 mod run;
 pub mod services;
-mod status;
+pub mod status;
 mod table;
 
 use std::process::ExitCode;

@@ -49,7 +49,7 @@ use crate::{
 
 pub use self::{
     older::{older_connections_until, programs_now},
-    sys::{end_with_the_reader, release_memory},
+    sys::{bytes_of, end_with_the_reader, release_memory, value_of},
 };
 
 /// How programs are attached to devices (`--attach`).

@@ -38,7 +38,7 @@ enum Task {
     Check(check::Options),
     /// Let things happen at random to a cluster, and see that none of it is noticed (root; ten minutes)
     Chaos(chaos::Options),
-    /// Look for inputs that make what reads packets fail, with libFuzzer
+    /// Look for inputs that make what reads packets, manifests or pinned maps fail, with libFuzzer
     Fuzz(fuzz::Options),
     /// A real control plane and agents on it, to look at (root)
     Cluster(cluster::Options),

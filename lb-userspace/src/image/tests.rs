@@ -507,8 +507,9 @@ fn ranges_that_hold_the_same_are_held_once() {
     let other = Endpoint { service: 2, ..memory.endpoints[&4] };
     memory.endpoints.insert(5, other);
     memory.services.insert(2, name::encode(&name(2, "http")));
-    memory.slots.extend([(4, 1), (5, 2), (6, 9), (8, 2), (9, 1), (10, 5)]);
-    for (number, (offset, len)) in (0..).zip([(0, 4), (0, 4), (4, 2), (6, 1), (7, 1), (8, 2), (5, 1), (10, 1), (0, 0)])
+    memory.slots.extend([(4, 1), (5, 2), (6, 9), (8, 2), (9, 1), (10, 5), (12, 1), (13, 2)]);
+    for (number, (offset, len)) in
+        (0..).zip([(0, 4), (0, 4), (4, 2), (6, 1), (7, 1), (8, 2), (5, 1), (10, 1), (12, 2), (0, 0)])
     {
         let key = FrontendKey::new(Addr::from_v4_word(number), Port::new(80), TCP);
         let range = Range { offset, len };
@@ -516,7 +517,7 @@ fn ranges_that_hold_the_same_are_held_once() {
     }
     let image = Image::restore(memory, 0);
     let ranges = image.ports[&name(1, "http")].ranges.iter().map(|range| (range.offset, range.len));
-    // [6] names no endpoint, [7] is empty, [5] lies in another, [10] is another Service's.
+    // [6] names no endpoint, [7] is empty, [5] lies in another, [10] is another Service's, [12] holds what [4] does.
     assert_eq!(ranges.collect::<Vec<_>>(), [(0, 4), (4, 2), (8, 2)]);
 }
 

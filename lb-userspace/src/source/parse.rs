@@ -14,7 +14,7 @@ use serde::{Deserialize, Deserializer, de::DeserializeOwned};
 use serde_json::{Value, value::RawValue};
 
 use super::{Problem, check};
-use crate::model::{FieldError, Interner, Kind, Object, ObjectName, PodState, SliceState, object};
+use crate::model::{FieldError, Interner, Kind, Object, ObjectName, PodState, SliceState, is_name, object};
 
 /// With which some editors begin a file.
 const BYTE_ORDER_MARK: &[u8] = "\u{feff}".as_bytes();
@@ -214,8 +214,8 @@ impl Parser<'_> {
             self.parsed.skipped += 1;
             return;
         };
-        let (namespace, name) = (metadata.namespace.unwrap_or_default(), metadata.name.unwrap_or_default());
-        let name = object::Metadata { name: ObjectName::new(&namespace, &name), ..object::Metadata::default() };
+        let (namespace, own_name) = (metadata.namespace.unwrap_or_default(), metadata.name.unwrap_or_default());
+        let name = object::Metadata { name: ObjectName::new(&namespace, &own_name), ..object::Metadata::default() };
         let name = match known {
             Kind::Service | Kind::EndpointSlice | Kind::Pod => name.namespaced(),
             Kind::Node | Kind::ServiceCidr => name.cluster_wide(),
@@ -225,11 +225,12 @@ impl Parser<'_> {
             let message = format!("{api_version:?} is not read; write {:?}", known.api_version());
             return self.problem(Some((known, &name)), place, FieldError::new("apiVersion", message));
         }
-        if namespace.contains('/') {
-            self.parsed.unidentified = true;
-            let error =
-                FieldError::new("metadata.namespace", format!("{namespace:?} has a slash; write a namespace's name"));
-            return self.problem(Some((known, &name)), place, error);
+        for (field, text) in [("metadata.namespace", &namespace), ("metadata.name", &own_name)] {
+            if !is_name(text) {
+                self.parsed.unidentified = true;
+                let message = format!("{text:?} is no name; write letters, digits, `-` and `.`");
+                return self.problem(Some((known, &name)), place, FieldError::new(field, message));
+            }
         }
         if name.name().is_empty() {
             self.parsed.unidentified = true;

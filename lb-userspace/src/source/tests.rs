@@ -164,6 +164,18 @@ fn bad_fields_are_reported_with_their_place_and_a_remedy() {
         (list, "Service default/a, items[0].spec.ports[0].port: "),
         (r#"{"kind":"Service","apiVersion":"v2","metadata":{"name":"a"}}"#.into(), "Service default/a, apiVersion: "),
         (r#"{"kind":"Service","apiVersion":"v1","metadata":{}}"#.into(), "metadata.name: "),
+        (
+            service(r#"{"ports":[{"port":1,"name":"a/b"}]}"#),
+            r#"Service default/a, spec.ports[0].name: "a/b" is no name; "#,
+        ),
+        (
+            r#"{"kind":"Service","apiVersion":"v1","metadata":{"name":"a\u001b[2J"}}"#.into(),
+            r#"Service default/a\u{1b}[2J, metadata.name: "a\u{1b}[2J" is no name; "#,
+        ),
+        (
+            r#"{"kind":"Service","apiVersion":"v1","metadata":{"name":"a","namespace":"b:c"}}"#.into(),
+            r#"metadata.namespace: "b:c" is no name; "#,
+        ),
         (r#"{"metadata":{"name":"a"}}"#.into(), "kind or apiVersion is missing"),
         (r#"{"kind":"#.into(), "correct the "),
         (r"[1]".into(), "document 1"),

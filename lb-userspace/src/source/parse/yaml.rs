@@ -70,9 +70,7 @@ fn trouble(mut error: &Error) -> (String, &'static str) {
     if text == REPEATED {
         return (text.into_owned(), "write out what it stands for, or fewer objects into one document");
     }
-    let printable = |c: char| if c.is_control() { c.escape_debug().to_string() } else { c.to_string() };
-    let first = text.lines().next().unwrap_or_default();
-    (first.chars().map(printable).collect(), "correct the YAML")
+    (text.lines().next().unwrap_or_default().to_owned(), "correct the YAML")
 }
 
 /// Reads a value, and counts its text down.
