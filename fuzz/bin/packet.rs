@@ -1,5 +1,7 @@
 #![no_main]
 
+#[path = "../src/input.rs"]
+mod input;
 #[path = "../src/packet.rs"]
 mod packet;
 

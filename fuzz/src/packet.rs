@@ -23,6 +23,8 @@ use lb_common::{
     reason::{Reason, Verdict},
 };
 
+use crate::input::Input;
+
 const CRC32C: Crc<u32> = Crc::<u32>::new(&CRC_32_ISCSI);
 
 const INSIDE: u32 = 3;
@@ -58,29 +60,6 @@ const PORTS: [u16; 8] = [40000, 8080, 80, 30080, 61007, 0, 443, 53];
 const PROTOCOLS: [u8; 6] = [protocol::TCP, protocol::UDP, protocol::SCTP, protocol::ICMP, protocol::ICMPV6, 47];
 /// Seconds between frames: enough for entries to become idle.
 const WAITS: [u32; 4] = [0, 1, 40, 90_000];
-
-/// Bytes that are used up; behind their end all is 0.
-struct Input<'a>(&'a [u8]);
-
-impl<'a> Input<'a> {
-    fn take(&mut self, count: usize) -> &'a [u8] {
-        let (taken, rest) = self.0.split_at(count.min(self.0.len()));
-        self.0 = rest;
-        taken
-    }
-
-    fn byte(&mut self) -> u8 {
-        self.take(1).first().copied().unwrap_or(0)
-    }
-
-    fn u16(&mut self) -> u16 {
-        u16::from_be_bytes([self.byte(), self.byte()])
-    }
-
-    fn one_of<T: Copy>(&mut self, list: &[T]) -> T {
-        list[usize::from(self.byte()) % list.len()]
-    }
-}
 
 /// A frame and where its IP header is.
 #[derive(Clone)]

@@ -126,6 +126,8 @@ pub mod flow_flags {
     pub const FOREIGN: u8 = 1 << 2;
     /// The client stays with the endpoint beyond this connection.
     pub const AFFINITY: u8 = 1 << 3;
+    /// The client is none that the local detector takes for a pod, nor the node itself.
+    pub const OUTSIDE: u8 = 1 << 4;
 }
 
 /// TCP flags, the 14th byte of the header (RFC 9293 §3.1).

@@ -231,6 +231,10 @@ impl State for Machine {
         self.tables.settings.leaves_mid_flow(self.now)
     }
 
+    fn marks_replies(&self) -> bool {
+        true
+    }
+
     fn terminates(&self) -> bool {
         self.tables.settings.terminates()
     }

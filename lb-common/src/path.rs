@@ -8,7 +8,10 @@ mod glance;
 mod ingress;
 mod open;
 
-pub use self::{egress::egress, ingress::ingress};
+pub use self::{
+    egress::egress,
+    ingress::{answers_outside, ingress},
+};
 use crate::{
     decide::Question,
     flow::{CARE_INTERVAL, Flow, FlowKey, FragmentKey, state, tcp_flags},

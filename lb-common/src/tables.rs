@@ -67,6 +67,8 @@ pub trait State: Tables {
     fn masquerade_ports(&self) -> (u16, u16);
     /// Whether packets in the middle of an unknown connection are left to the host's stack.
     fn leaves_mid_flow(&self) -> bool;
+    /// Whether answers to clients outside are marked (`--reply-mark`), so that connections must remember who is.
+    fn marks_replies(&self) -> bool;
     /// Whether TCP connections are reset when their endpoint is gone.
     fn terminates(&self) -> bool;
     /// Lets a copy of the packet enter the host by a device, as if it came once more.

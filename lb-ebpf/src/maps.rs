@@ -93,6 +93,12 @@ pub static SOCKET_LB_ALL: Global<u32> = Global::new(0);
 /// Flags that IPv6 pseudo-header differences need: BPF_F_IPV6 from Linux 6.16, 0 where the kernel doesn't know it.
 #[unsafe(no_mangle)]
 pub static IPV6_CHECKSUM_FLAG: Global<u64> = Global::new(0);
+/// Bits of the mark that answers to clients outside get as they enter the host; 0: none get one.
+#[unsafe(no_mangle)]
+pub static REPLY_MARK_MASK: Global<u32> = Global::new(0);
+/// What these bits become.
+#[unsafe(no_mangle)]
+pub static REPLY_MARK: Global<u32> = Global::new(0);
 /// 1: what passes is counted by Service port.
 #[unsafe(no_mangle)]
 pub static COUNT_SERVICES: Global<u32> = Global::new(1);

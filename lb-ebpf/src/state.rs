@@ -19,7 +19,7 @@ use lb_common::{
 use crate::maps::{
     AFFINITIES, COUNT_SERVICES, COUNTERS, DEVICES, ENDPOINT_BITS, ENDPOINTS, ENTRIES, FLOWS, FRAGMENTS, FRONTEND_BITS,
     FRONTENDS, LOCAL_CIDRS, MASQUERADE_FIRST, MASQUERADE_PORTS, NEW_FLOWS, NODE_ADDRESSES, Prefix, REFUSALS,
-    SERVICE_CIDRS, SERVICE_COUNTERS, SETTINGS, SLOTS, SOURCE_RANGES,
+    REPLY_MARK_MASK, SERVICE_CIDRS, SERVICE_COUNTERS, SETTINGS, SLOTS, SOURCE_RANGES,
 };
 
 /// So many refusals a second on each CPU; more are dropped.
@@ -264,6 +264,11 @@ impl State for Maps {
         const SUCCESS: i64 = 0;
         const NO_NEIGH: i64 = 7;
         if (result == SUCCESS || result == NO_NEIGH) && fib.ifindex == bridge { bridge } else { 0 }
+    }
+
+    #[inline(always)]
+    fn marks_replies(&self) -> bool {
+        REPLY_MARK_MASK.load() != 0
     }
 
     #[inline(always)]

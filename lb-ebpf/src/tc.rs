@@ -15,7 +15,7 @@ use lb_common::{
 };
 
 use crate::{
-    maps::{LINK_HEADER, SCRATCH},
+    maps::{LINK_HEADER, REPLY_MARK, REPLY_MARK_MASK, SCRATCH},
     skb::Skb,
     state::Maps,
 };
@@ -45,6 +45,10 @@ pub fn ingress(ctx: TcContext) -> i32 {
     let mut packet = Skb { skb };
     packet.pull(hook.link_header + if hook.v6 { HEADERS_V6 } else { HEADERS_V4 });
     let Some(scratch) = scratch() else { return TC_ACT_UNSPEC };
+    if REPLY_MARK_MASK.load() != 0 && path::answers_outside(&packet, &hook, scratch, &mut Maps::of_packet(skb)) {
+        // SAFETY: the context is valid as long as the program runs.
+        unsafe { (*skb).mark = (*skb).mark & !REPLY_MARK_MASK.load() | REPLY_MARK.load() };
+    }
     let action = path::ingress(&mut packet, &hook, scratch, &mut Maps::of_packet(skb));
     if action.reason().verdict() == Verdict::Translate {
         // SAFETY: the context is valid as long as the program runs.

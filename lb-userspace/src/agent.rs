@@ -415,8 +415,10 @@ impl Agent {
         self.publish();
         debug!(milliseconds = self.milliseconds(), "written");
         if writes != 0 {
+            let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
             self.report.last_change = Some(LastChange {
-                at: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
+                at: now.as_secs(),
+                at_microseconds: now.subsec_micros(),
                 writes,
                 microseconds: u64::try_from(begin.elapsed().as_micros()).unwrap_or(u64::MAX),
             });

@@ -1,14 +1,14 @@
 //! The command line: what people type, and what they get to see.
 
 mod completions;
-mod endpoints;
+pub mod endpoints;
 pub mod explain;
-mod flows;
-mod pins;
+pub mod flows;
+pub mod pins;
 mod preflight;
 mod run;
-mod services;
-mod status;
+pub mod services;
+pub mod status;
 mod table;
 
 use std::process::ExitCode;

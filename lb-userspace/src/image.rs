@@ -27,8 +27,13 @@ use lb_common::{
 
 use self::{bits::Bits, ids::Ids, slots::Slots};
 pub use self::{
-    bits::FLOW_LIFE, difference::difference, ids::GRACE, name::decode as port_name, name::text as service_name,
-    node::prefix_key, write::Write,
+    bits::FLOW_LIFE,
+    difference::difference,
+    ids::{GRACE, MOST_IDS},
+    name::decode as port_name,
+    name::text as service_name,
+    node::prefix_key,
+    write::Write,
 };
 use crate::{
     model::{SmallSet, repack},

@@ -49,7 +49,7 @@ use crate::{
 
 pub use self::{
     older::{older_connections_until, programs_now},
-    sys::{end_with_the_reader, release_memory},
+    sys::{bytes_of, end_with_the_reader, release_memory, value_of},
 };
 
 /// How programs are attached to devices (`--attach`).
@@ -76,6 +76,15 @@ pub enum SocketLb {
     All,
 }
 
+/// Bits of a packet's mark. The default changes none.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Mark {
+    /// What the bits become; no others are set in it.
+    pub value: u32,
+    /// Which bits.
+    pub mask: u32,
+}
+
 /// What the operator says about the kernel.
 #[derive(Clone, Debug)]
 pub struct Options {
@@ -95,6 +104,8 @@ pub struct Options {
     pub masquerade_first: u32,
     /// How many ports from there on.
     pub masquerade_ports: u32,
+    /// What answers to clients outside are marked with as they enter the host.
+    pub reply_mark: Mark,
     /// From which level on the programs log: 0 nothing, 5 every packet.
     #[cfg(feature = "program-log")]
     pub program_log: u8,
@@ -115,6 +126,7 @@ impl Default for Options {
             affinities: maps::DEFAULT_AFFINITIES,
             masquerade_first: 61_000,
             masquerade_ports: 4_096,
+            reply_mark: Mark::default(),
             #[cfg(feature = "program-log")]
             program_log: 0,
             count_services: true,

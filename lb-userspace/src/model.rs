@@ -29,7 +29,7 @@ pub use self::{
     labels::Labels,
     object::{EndpointSlice, Node, ObjectName, Pod, Service, ServiceCidr},
     pod::{NamedPort, PodState},
-    problem::FieldError,
+    problem::{FieldError, is_name, printable},
     slice::{EndpointState, Hints, SliceState},
 };
 use self::{object::Protocol, selection::Selection};

@@ -20,7 +20,7 @@ pub use self::{
     api::{ApiServer, Requests},
     manifests::{Manifests, read_all},
 };
-use crate::model::Change;
+use crate::model::{Change, printable};
 
 /// Where a source is.
 #[derive(Clone, Debug)]
@@ -95,6 +95,7 @@ impl fmt::Display for Problem {
         let document = self.document.map(|document| format!("document {document}"));
         let place = [file, document, self.object.clone(), self.field.clone()];
         let place: Vec<String> = place.into_iter().flatten().collect();
-        if place.is_empty() { f.write_str(&self.message) } else { write!(f, "{}: {}", place.join(", "), self.message) }
+        let place = if place.is_empty() { String::new() } else { place.join(", ") + ": " };
+        write!(f, "{}{}", printable(&place), printable(&self.message))
     }
 }

@@ -4,6 +4,7 @@ use std::fs;
 use std::io;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
 use serde_json::{Map, Value, json};
 
@@ -51,13 +52,15 @@ impl Manifests {
     }
 }
 
-/// Replaces a file in one step; the new text is complete before it has the name.
-pub fn write_by_rename(path: &Path, text: &str) -> io::Result<()> {
+/// Replaces a file in one step; the new text is complete before it has the name. Returns the moment before it got it.
+pub fn write_by_rename(path: &Path, text: &str) -> io::Result<SystemTime> {
     // A leading dot keeps the half-written file out of the sight of those who watch the folder.
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let half = path.with_file_name(format!(".{name}.new"));
     fs::write(&half, text)?;
-    fs::rename(half, path)
+    let complete = SystemTime::now();
+    fs::rename(half, path)?;
+    Ok(complete)
 }
 
 /// A Service in the making: of type ClusterIP, in namespace `default`, without ports.

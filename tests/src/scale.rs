@@ -4,6 +4,7 @@ use std::fmt::Write as _;
 use std::fs;
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::path::Path;
+use std::time::SystemTime;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
@@ -33,7 +34,8 @@ pub fn write(folder: &Path, services: u32, endpoints: u32) -> Result<u32> {
 }
 
 /// Gives one Pod another label `app`, by rewriting the file that it is in. `endpoints` is what the folder was written with.
-pub fn relabel(folder: &Path, endpoint: u32, endpoints: u32, app: &str) -> Result<()> {
+/// Returns the moment before the file was there.
+pub fn relabel(folder: &Path, endpoint: u32, endpoints: u32, app: &str) -> Result<SystemTime> {
     let path = folder.join(format!("services-{:04}.json", endpoint / endpoints / PER_FILE));
     let text = fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
     let mut items: Vec<Value> = serde_json::from_str::<Value>(&text)?["items"].as_array().cloned().unwrap_or_default();

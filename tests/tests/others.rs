@@ -432,3 +432,28 @@ fn a_device_that_is_renamed_moved_or_made_anew_is_served_as_before() {
         served("made anew");
     }
 }
+
+#[test]
+fn answers_to_clients_outside_go_back_by_a_rule_for_their_mark() {
+    let cluster = cluster(&["--reply-mark", "0x80/0x80", "--preserve-client-ip"]);
+    let lab = &cluster.lab;
+    let (node, outside) = (&lab.node(1).netns, lab.outside_client());
+    let ask = || ask_all(&outside, 11, By::NodePort(1), "p1-1");
+    assert_eq!(ask(), Vec::<String>::new());
+    let rule = |family: &str, rule: &[&str]| {
+        node.exec("ip", &[&[family, "rule", "add"], rule].concat()).unwrap();
+    };
+    let pod = lab.pod(1, 1);
+    // As CNIs have it whose pods have routes of their own: from a pod, the main table is not asked.
+    for (family, addr) in [("-4", pod.v4.to_string()), ("-6", pod.v6.to_string())] {
+        rule(family, &["pref", "100", "from", &addr, "blackhole"]);
+    }
+    assert_eq!(ask().len(), 2 * PROTOCOLS.len(), "without a rule for the mark nothing comes back");
+    for family in ["-4", "-6"] {
+        rule(family, &["pref", "90", "fwmark", "0x80/0x80", "lookup", "main"]);
+    }
+    assert_eq!(ask(), Vec::<String>::new());
+    // What the pod sends by itself has no mark.
+    let other = SocketAddr::from((lab.pod(2, 1).v4, TARGET));
+    assert!(lab.client(pod).ask(Protocol::Tcp, other).is_err(), "the rule is for answers alone");
+}

@@ -14,7 +14,7 @@ use crate::setup;
 use crate::workspace;
 
 /// The targets, by the names of their programs.
-const TARGETS: [&str; 1] = ["packet"];
+const TARGETS: [&str; 3] = ["manifests", "packet", "tables"];
 
 /// What `cargo-fuzz` gives rustc, but for the sanitizer, which only other compilers have: nothing here is unsafe.
 const INSTRUMENTS: &str = "--cfg fuzzing -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \

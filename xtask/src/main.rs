@@ -1,6 +1,7 @@
 //! Set-up, demonstration, tests and checks of the project: one file a subcommand, here only their names.
 
 mod bench;
+mod chaos;
 mod check;
 mod cluster;
 mod conformance;
@@ -9,6 +10,7 @@ mod fuzz;
 mod image;
 mod interrupt;
 mod kernels;
+mod loops;
 mod process;
 mod scale;
 mod setup;
@@ -41,7 +43,9 @@ enum Task {
     Bench(bench::Bench),
     /// The static binary and the folder that a container's image is built from
     Image(image::Options),
-    /// Look for inputs that make what reads packets fail, with libFuzzer
+    /// Let things happen at random to a cluster, and see that none of it is noticed (root; ten minutes)
+    Chaos(chaos::Options),
+    /// Look for inputs that make what reads packets, manifests or pinned maps fail, with libFuzzer
     Fuzz(fuzz::Options),
     /// A real control plane and agents on it, to look at (root)
     Cluster(cluster::Options),
@@ -63,6 +67,7 @@ fn main() -> ExitCode {
         Task::Check(options) => check::run(&options),
         Task::Bench(bench) => bench::run(&bench),
         Task::Image(options) => image::run(&options),
+        Task::Chaos(options) => chaos::run(&options),
         Task::Fuzz(options) => fuzz::run(&options),
         Task::Cluster(options) => cluster::run(&options),
         Task::Conformance(options) => conformance::run(&options),

@@ -47,6 +47,27 @@ pub fn ingress<P: Packet, S: State>(packet: &mut P, hook: &Hook, scratch: &mut S
     if let Action::Answer(reason) = action { answer(packet, headers, reason, state) } else { action }
 }
 
+/// Whether a packet that enters the host is an endpoint's answer to a client outside, and goes straight back to that client: where
+/// the host's routes don't know by which device the client came, a mark can tell them.
+#[inline(never)]
+pub fn answers_outside<P: Packet, S: State>(packet: &P, hook: &Hook, scratch: &mut Scratch, state: &mut S) -> bool {
+    let headers = &mut scratch.headers;
+    if parse(packet, hook.link_header, hook.v6, headers).is_none() || !headers.has_ports() {
+        return false;
+    }
+    let headers = core::hint::black_box(headers);
+    if !matches!(headers.part, Part::Whole) && !complete_fragment(headers, At::Ingress, state) {
+        return false;
+    }
+    if !state.may_be_endpoint(&headers.src, headers.sport) {
+        return false;
+    }
+    let key = FlowKey::new(Kind::Forwarded, headers.dst, headers.dport, headers.src, headers.sport, headers.proto);
+    // Masqueraded connections are answered to the node itself.
+    let flags = flow_flags::OUTSIDE | flow_flags::MASQUERADE;
+    state.flow(&key).is_some_and(|flow| flow.flags & flags == flow_flags::OUTSIDE)
+}
+
 #[inline(always)]
 fn transport<P: Packet, S: State>(
     packet: &mut P,

@@ -52,6 +52,9 @@ pub(super) fn open<S: State>(
                 return Action::Next(Reason::MidFlowForeign);
             }
             make(flow, headers, &choice, state.now());
+            if state.marks_replies() && !state.is_local_source(&flow.client, hook.device) {
+                flow.flags |= flow_flags::OUTSIDE;
+            }
             Action::Next(if mid_flow { Reason::MidFlow } else { Reason::NewFlow })
         }
         // Rules of kube-proxy judge only the first packet of a connection.

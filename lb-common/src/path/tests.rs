@@ -30,6 +30,43 @@ const V4: Case =
 const V6: Case =
     Case { client: "[fd00::7]:40000", service: "[fd00:96::10]:80", endpoint: "[fd00:2::9]:8080", node: "fd00:99::11" };
 
+#[test]
+fn answers_to_clients_outside_are_told_from_all_others() {
+    for case in [V4, V6] {
+        // (what the local detector holds, whether the frontend masquerades, whether the answer is one to outside)
+        for (local, masquerades, expected) in [(false, false, true), (true, false, false), (false, true, false)] {
+            let flags = if masquerades { frontend_flags::MASQUERADE } else { 0 };
+            let mut machine = case.machine(flags);
+            if local {
+                let addr = Addr::from(case.client().ip());
+                machine.tables.local_cidrs.insert(PrefixKey { prefix_len: 160, service: 0, addr });
+            }
+            let hook = Hook {
+                device: UPLINK,
+                link_header: 14,
+                v6: case.client().is_ipv6(),
+                translated: false,
+                from_node: false,
+            };
+            for segment in [Segment::Tcp(tcp_flags::SYN), Segment::Udp] {
+                let mut request = frame(case.client(), case.service(), segment);
+                let mut scratch = Scratch::NEW;
+                let answer = frame(case.endpoint(), case.client(), segment);
+                let is_marked = |answer: &Vec<u8>, machine: &mut Machine| {
+                    let mut scratch = Scratch::NEW;
+                    super::answers_outside(answer, &hook, &mut scratch, machine)
+                };
+                assert!(!is_marked(&answer, &mut machine), "{case:?}: a packet of no connection");
+                ingress(&mut request, &hook, &mut scratch, &mut machine);
+                egress(&mut request, &Hook { translated: true, ..hook }, &mut scratch, &mut machine);
+                assert_eq!(is_marked(&answer, &mut machine), expected, "{case:?} {local} {masquerades}");
+                let stranger = frame("10.9.9.9:1".parse().unwrap(), "10.9.9.8:2".parse().unwrap(), segment);
+                assert!(!is_marked(&stranger, &mut machine));
+            }
+        }
+    }
+}
+
 #[derive(Clone, Copy, Debug)]
 struct Case {
     client: &'static str,

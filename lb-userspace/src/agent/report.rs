@@ -49,9 +49,12 @@ pub struct Report {
 
 /// A change that led to writes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
 pub struct LastChange {
     /// When, in seconds of Unix time.
     pub at: u64,
+    /// Microseconds within that second.
+    pub at_microseconds: u32,
     /// How many writes.
     pub writes: usize,
     /// From the change being taken in to the last write.

@@ -2,14 +2,16 @@
 
 use anyhow::Result;
 use clap::Args;
+use comfy_table::Table;
 use lb_common::{
-    flow::{Flow, Kind, flow_flags, state},
+    flow::{Flow, FlowKey, Kind, flow_flags, state},
     layout::protocol,
+    memory::Memory,
 };
 use serde::Serialize;
 
 use super::{
-    pins::{Folder, Output, Selection},
+    pins::{Folder, Selection},
     table::{self, ServicePort},
 };
 
@@ -47,30 +49,42 @@ pub fn run(args: &FlowsArgs) -> Result<()> {
     let memory = pinned.memory()?;
     let now = crate::kernel::programs_now();
     let mut rows = Vec::new();
-    pinned.flows(|key, flow| {
-        if key.kind != Kind::Request as u8 || flow.is_idle(key.proto, now) {
-            return;
-        }
-        let gone = || ServicePort {
-            namespace: "-".to_owned(),
-            name: "(gone)".to_owned(),
-            port: String::new(),
-            protocol: table::protocol(key.proto),
-        };
-        let service = memory.services.get(&flow.service).and_then(ServicePort::of).unwrap_or_else(gone);
-        if args.selection.wants(&service.namespace, &service.name) {
-            rows.push(row(&flow, key.proto, service, now));
-        }
-    })?;
-    rows.sort_by(|a, b| (&a.namespace, &a.name, &a.client).cmp(&(&b.namespace, &b.name, &b.client)));
-    match args.selection.output {
-        Output::Json => println!("{}", serde_json::to_string_pretty(&rows)?),
-        Output::Table => print(&rows),
-    }
+    pinned.flows(|key, flow| rows.extend(row(&key, &flow, &memory, now, &args.selection)))?;
+    print!("{}", table_of(rows, &args.selection)?);
     Ok(())
 }
 
-fn row(flow: &Flow, proto: u8, service: ServicePort, now: u32) -> Row {
+/// The list of flows, by the names that the tables have for their Services.
+///
+/// # Errors
+///
+/// It can't be written as JSON.
+pub fn list(flows: &[(FlowKey, Flow)], memory: &Memory, now: u32, selection: &Selection) -> Result<String> {
+    let rows = flows.iter().filter_map(|(key, flow)| row(key, flow, memory, now, selection));
+    table_of(rows.collect(), selection)
+}
+
+fn table_of(mut rows: Vec<Row>, selection: &Selection) -> Result<String> {
+    rows.sort_by(|a, b| (&a.namespace, &a.name, &a.client).cmp(&(&b.namespace, &b.name, &b.client)));
+    table::list(&rows, selection.output, lines)
+}
+
+/// The row of a flow, if it is alive and wanted. A flow has several entries: this is that of its requests.
+fn row(key: &FlowKey, flow: &Flow, memory: &Memory, now: u32, selection: &Selection) -> Option<Row> {
+    if key.kind != Kind::Request as u8 || flow.is_idle(key.proto, now) {
+        return None;
+    }
+    let gone = || ServicePort {
+        namespace: "-".to_owned(),
+        name: "(gone)".to_owned(),
+        port: String::new(),
+        protocol: table::protocol(key.proto),
+    };
+    let service = memory.services.get(&flow.service).and_then(ServicePort::of).unwrap_or_else(gone);
+    selection.wants(&service.namespace, &service.name).then(|| row_of(flow, key.proto, service, now))
+}
+
+fn row_of(flow: &Flow, proto: u8, service: ServicePort, now: u32) -> Row {
     let ServicePort { namespace, name, port, protocol } = service;
     let masqueraded = if flow.node_port.be != 0 {
         Some(table::socket(&flow.node, flow.node_port))
@@ -98,7 +112,7 @@ fn row(flow: &Flow, proto: u8, service: ServicePort, now: u32) -> Row {
     }
 }
 
-fn print(rows: &[Row]) {
+fn lines(rows: &[Row]) -> Table {
     let mut list =
         table::new(&["namespace", "name", "protocol", "client", "frontend", "endpoint", "seen as", "state", "idle"]);
     for row in rows {
@@ -114,5 +128,5 @@ fn print(rows: &[Row]) {
             &table::age(u64::from(row.idle_seconds)),
         ]);
     }
-    table::print(&list);
+    list
 }

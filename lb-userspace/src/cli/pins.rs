@@ -25,7 +25,7 @@ pub enum Output {
 }
 
 /// Which rows of a list are wanted.
-#[derive(Args, Clone, Debug)]
+#[derive(Args, Clone, Debug, Default)]
 pub struct Selection {
     /// Only this namespace
     #[arg(short, long, value_name = "NAMESPACE")]

@@ -17,7 +17,7 @@ use super::{pins::Folder, print_version};
 use crate::{
     agent,
     config::{Config, boolean, flags::Flags},
-    kernel::{self, Attach, SocketLb, maps::DEFAULT_AFFINITIES, sysctls::Conntrack},
+    kernel::{self, Attach, Mark, SocketLb, maps::DEFAULT_AFFINITIES, sysctls::Conntrack},
     plan::node::LocalDetector,
     serve,
     source::{Place, api},
@@ -80,6 +80,10 @@ pub struct RunArgs {
     /// Ports that masqueraded connections leave by
     #[arg(long, value_name = "FIRST-LAST", default_value = "61000-65095", value_parser = ports)]
     masquerade_ports: (u32, u32),
+    /// Mark answers to clients outside as they come from their pod, so that a rule of policy routing can send them back where the
+    /// requests came from; like 0x80/0x80. Clients inside are told by --detect-local-mode
+    #[arg(long, value_name = "VALUE[/MASK]", value_parser = mark)]
+    reply_mark: Option<Mark>,
     /// Count connections, packets and bytes of every Service port, for /metrics
     #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true", default_value = "true", value_parser = boolean, action = ArgAction::Set)]
     service_metrics: bool,
@@ -161,6 +165,24 @@ fn ports(text: &str) -> Result<(u32, u32)> {
         bail!("the first port must be at least 1024, and the last no smaller than the first");
     }
     Ok((u32::from(first), u32::from(last - first) + 1))
+}
+
+/// Reads `VALUE` or `VALUE/MASK`, hexadecimal behind `0x`; without a mask the whole mark is the value.
+fn mark(text: &str) -> Result<Mark> {
+    let number = |text: &str| {
+        let text = text.trim();
+        match text.strip_prefix("0x") {
+            Some(digits) => u32::from_str_radix(digits, 16),
+            None => text.parse(),
+        }
+        .with_context(|| format!("{text:?} is no number; write VALUE/MASK, such as 0x80/0x80"))
+    };
+    let (value, mask) = text.split_once('/').unwrap_or((text, "0xffffffff"));
+    let mark = Mark { value: number(value)?, mask: number(mask)? };
+    if mark.mask == 0 || mark.value & !mark.mask != 0 {
+        bail!("the value has bits that the mask has not, or the mask has none");
+    }
+    Ok(mark)
 }
 
 /// Runs the agent until a signal ends it, or does the one thing that is asked for.
@@ -325,6 +347,7 @@ impl RunArgs {
                 flows: self.flows.unwrap_or_else(|| kernel::Options::default().flows),
                 masquerade_first,
                 masquerade_ports,
+                reply_mark: self.reply_mark.unwrap_or_default(),
                 terminate_connections: self.terminate_connections,
                 #[cfg(feature = "program-log")]
                 program_log: self.program_log,
@@ -364,7 +387,7 @@ fn log(args: &RunArgs, config: &Config) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use super::ports;
+    use super::{Mark, mark, ports};
 
     #[test]
     fn a_range_of_ports_is_read_or_refused() {
@@ -372,6 +395,28 @@ mod tests {
         assert_eq!(ports("2000-2000").unwrap(), (2000, 1));
         for wrong in ["", "61000", "61000-", "65095-61000", "80-90", "61000-70000"] {
             assert!(ports(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn a_mark_is_read_with_its_mask_or_refused() {
+        let cases = [
+            ("0x80/0x80", Some((0x80, 0x80))),
+            ("128/0xf0", Some((0x80, 0xf0))),
+            ("0/0x80", Some((0, 0x80))),
+            ("5", Some((5, u32::MAX))),
+            ("0x1/0xffffffff", Some((1, u32::MAX))),
+            ("", None),
+            ("/0x80", None),
+            ("0x80/", None),
+            ("0x80/0", None),
+            ("0x81/0x80", None),
+            ("-1", None),
+            ("0x100000000", None),
+            ("mark", None),
+        ];
+        for (text, expected) in cases {
+            assert_eq!(mark(text).ok(), expected.map(|(value, mask)| Mark { value, mask }), "{text:?}");
         }
     }
 }

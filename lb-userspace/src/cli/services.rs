@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use anyhow::Result;
 use clap::Args;
+use comfy_table::Table;
 use lb_common::{
     layout::{endpoint_flags, frontend_flags},
     memory::Memory,
@@ -11,7 +12,7 @@ use lb_common::{
 use serde::Serialize;
 
 use super::{
-    pins::{Folder, Output, Selection},
+    pins::{Folder, Selection},
     table::{self, ServicePort},
 };
 use crate::agent::{
@@ -49,13 +50,19 @@ struct Row {
 pub fn run(args: &ServicesArgs) -> Result<()> {
     let memory = args.folder.open()?.memory()?;
     let known: Vec<ServiceReport> = ask(&args.folder.bpffs, Question::Services).unwrap_or_default();
-    let rows: Vec<Row> =
-        rows(&memory, known).into_iter().filter(|row| args.selection.wants(&row.namespace, &row.name)).collect();
-    match args.selection.output {
-        Output::Json => println!("{}", serde_json::to_string_pretty(&rows)?),
-        Output::Table => print(&rows),
-    }
+    print!("{}", list(&memory, known, &args.selection)?);
     Ok(())
+}
+
+/// The list of what is in the tables, with what only the agent knows.
+///
+/// # Errors
+///
+/// It can't be written as JSON.
+pub fn list(memory: &Memory, known: Vec<ServiceReport>, selection: &Selection) -> Result<String> {
+    let wanted = |row: &Row| selection.wants(&row.namespace, &row.name);
+    let rows: Vec<Row> = rows(memory, known).into_iter().filter(wanted).collect();
+    table::list(&rows, selection.output, lines)
 }
 
 /// Rows of what is in the tables, with what only the agent knows; Services that it knows and the tables don't come too.
@@ -106,7 +113,7 @@ fn rows(memory: &Memory, known: Vec<ServiceReport>) -> Vec<Row> {
     rows
 }
 
-fn print(rows: &[Row]) {
+fn lines(rows: &[Row]) -> Table {
     let mut list = table::new(&["namespace", "name", "type", "port", "protocol", "frontends", "endpoints", ""]);
     for row in rows {
         let text = |text: &str| if text.is_empty() { "-".to_owned() } else { text.to_owned() };
@@ -121,5 +128,5 @@ fn print(rows: &[Row]) {
             row.note.clone().unwrap_or_default(),
         ]);
     }
-    table::print(&list);
+    list
 }

@@ -1,7 +1,8 @@
 //! `fairlead status`.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
+    fmt::{self, Write as _},
     time::{SystemTime, UNIX_EPOCH},
 };
 
@@ -33,9 +34,10 @@ pub struct StatusArgs {
     output: Output,
 }
 
+/// What `fairlead status` says.
 #[derive(Serialize)]
 #[serde(rename_all = "camelCase")]
-struct Status {
+pub struct Status {
     /// Whether an agent runs and everything it knows is effective.
     ready: bool,
     agent: Option<Report>,
@@ -71,11 +73,7 @@ struct Map {
 
 /// Prints the status.
 pub fn run(args: &StatusArgs) -> Result<()> {
-    let status = Status::read(&args.folder)?;
-    match args.output {
-        Output::Json => println!("{}", serde_json::to_string_pretty(&status)?),
-        Output::Table => status.print(),
-    }
+    print!("{}", Status::read(&args.folder)?.text(args.output)?);
     Ok(())
 }
 
@@ -83,70 +81,96 @@ impl Status {
     fn read(folder: &Folder) -> Result<Self> {
         let pinned = folder.open()?;
         let agent: Option<Report> = ask(&folder.bpffs, Question::Status);
-        let memory = pinned.memory()?;
+        Ok(Self::new(agent, &pinned.memory()?, pinned.attached()?, &pinned.fill()?, &pinned.counters()?))
+    }
+
+    /// What is to be said about an agent, if one runs, and of what is pinned.
+    pub fn new(
+        agent: Option<Report>,
+        memory: &Memory,
+        attached: Vec<Attached>,
+        fill: &[Fill],
+        counters: &[u64],
+    ) -> Self {
         let names = agent.as_ref().map(|agent| agent.devices.clone()).unwrap_or_default();
-        let attached: Vec<Program> =
-            pinned.attached()?.into_iter().map(|attached| Program::new(attached, &names)).collect();
+        let attached: Vec<Program> = attached.into_iter().map(|attached| Program::new(attached, &names)).collect();
         let mut problems = match &agent {
             Some(agent) => agent.problems.clone(),
             None => vec!["no agent runs: packets are handled, changes are not; start `fairlead run`".to_owned()],
         };
         problems.extend(attached.iter().filter_map(Program::problem));
-        Ok(Self {
+        Self {
             ready: agent.as_ref().is_some_and(|agent| agent.ready),
             frontends: memory.frontends.len(),
             endpoints: memory.endpoints.values().filter(|endpoint| endpoint.flags != 0).count(),
             attached,
-            maps: maps(pinned.fill()?, &memory),
-            packets: Reason::ALL
-                .iter()
-                .zip(pinned.counters()?)
-                .map(|(reason, count)| (reason.as_str(), count))
-                .collect(),
+            maps: maps(fill, memory),
+            packets: Reason::ALL.iter().zip(counters).map(|(reason, count)| (reason.as_str(), *count)).collect(),
             problems,
             agent,
-        })
+        }
     }
 
-    fn print(&self) {
+    /// The status as it is asked for.
+    ///
+    /// # Errors
+    ///
+    /// It can't be written as JSON.
+    pub fn text(&self, output: Output) -> Result<String> {
+        let mut text = String::new();
+        match output {
+            Output::Json => text = serde_json::to_string_pretty(self)? + "\n",
+            Output::Table => self.lines(&mut text)?,
+        }
+        Ok(text)
+    }
+
+    fn lines(&self, out: &mut String) -> fmt::Result {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
         let ago = |at: u64| table::age(now.saturating_sub(at));
         if let Some(agent) = &self.agent {
             let state = if self.ready { "ready" } else { "not ready" };
-            println!(
+            writeln!(
+                out,
                 "Agent       {state}: process {} on node {}, version {}, up {}, by {}",
                 agent.pid,
                 agent.node,
                 agent.version,
                 ago(agent.started),
                 agent.attach
-            );
+            )?;
             let objects: Vec<String> = agent.objects.iter().map(|(kind, count)| format!("{count} {kind}")).collect();
-            println!("Objects     {}, {} of other kinds", objects.join(", "), agent.skipped);
+            writeln!(out, "Objects     {}, {} of other kinds", objects.join(", "), agent.skipped)?;
             if let Some(change) = &agent.last_change {
-                println!("Last change {} ago: {} writes in {} µs", ago(change.at), change.writes, change.microseconds);
+                writeln!(
+                    out,
+                    "Last change {} ago: {} writes in {} µs",
+                    ago(change.at),
+                    change.writes,
+                    change.microseconds
+                )?;
             }
         } else {
-            println!("Agent       none runs");
+            writeln!(out, "Agent       none runs")?;
         }
-        println!("Tables      {} frontends, {} endpoints", self.frontends, self.endpoints);
-        println!("\nPrograms");
+        writeln!(out, "Tables      {} frontends, {} endpoints", self.frontends, self.endpoints)?;
+        writeln!(out, "\nPrograms")?;
         let mut programs = table::new(&["program", "device", "by"]);
         for program in &self.attached {
             let device = program.device.clone().unwrap_or_else(|| "sockets".to_owned());
             programs.add_row([&program.program, &device, program.mechanism]);
         }
-        table::print(&programs);
+        out.push_str(&table::text(&programs));
         let bridges = self.agent.as_ref().map(|agent| agent.bridges.as_slice()).unwrap_or_default();
         if !bridges.is_empty() {
-            println!("\nBridges");
+            writeln!(out, "\nBridges")?;
             let mut rows = table::new(&["bridge", "IPv4 between its ports", "IPv6 between its ports"]);
             for bridge in bridges {
                 rows.add_row([&bridge.name, &bridge.ipv4, &bridge.ipv6]);
             }
-            table::print(&rows);
+            out.push_str(&table::text(&rows));
         }
-        println!("\nMaps");
+        writeln!(out, "\nMaps")?;
         let mut maps = table::new(&["map", "used", "room", "", "evicted"]);
         for map in &self.maps {
             let share = map.used as f64 * 100.0 / f64::from(map.room.max(1));
@@ -158,25 +182,26 @@ impl Status {
                 map.evicted.map_or_else(String::new, |evicted| evicted.to_string()),
             ]);
         }
-        table::print(&maps);
-        println!("\nPackets");
+        out.push_str(&table::text(&maps));
+        writeln!(out, "\nPackets")?;
         for (reason, count) in self.packets.iter().filter(|(_, count)| **count > 0) {
-            println!("  {reason:<24} {count}");
+            writeln!(out, "  {reason:<24} {count}")?;
         }
-        println!("\nProblems");
+        writeln!(out, "\nProblems")?;
         if self.problems.is_empty() {
-            println!("  none");
+            writeln!(out, "  none")?;
         }
         for problem in &self.problems {
-            println!("  {problem}");
+            writeln!(out, "  {problem}")?;
         }
+        Ok(())
     }
 }
 
 /// The maps that can fill up. Every element of an array is there from the start: in two of them it counts what is in use.
-fn maps(fill: Vec<Fill>, memory: &Memory) -> Vec<Map> {
+fn maps(fill: &[Fill], memory: &Memory) -> Vec<Map> {
     let used = |fill: &Fill| match fill.name {
-        "SLOTS" => Some(memory.slots.len() as u64),
+        "SLOTS" => Some(slots_in_use(memory)),
         "ENDPOINTS" => Some(memory.endpoints.values().filter(|endpoint| endpoint.flags != 0).count() as u64),
         "SETTINGS" | "FRONTEND_BITS" | "ENDPOINT_BITS" | "COUNTERS" | "ENTRIES" | "SOCKETS" => None,
         _ => Some(fill.used),
@@ -184,6 +209,13 @@ fn maps(fill: Vec<Fill>, memory: &Memory) -> Vec<Map> {
     fill.iter()
         .filter_map(|fill| Some(Map { name: fill.name, used: used(fill)?, room: fill.room, evicted: fill.evicted }))
         .collect()
+}
+
+/// Slots that a frontend's range names. Those of ranges that are gone keep what they said until others take them.
+fn slots_in_use(memory: &Memory) -> u64 {
+    let ranges = memory.frontends.values().flat_map(|frontend| [frontend.internal, frontend.external]);
+    let ranges: BTreeSet<(u32, u32)> = ranges.map(|range| (range.offset, range.len)).collect();
+    ranges.into_iter().map(|(_, len)| u64::from(len)).sum()
 }
 
 impl Program {

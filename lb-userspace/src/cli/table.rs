@@ -2,12 +2,15 @@
 
 use std::net::IpAddr;
 
+use anyhow::Result;
 use comfy_table::{Table, presets::NOTHING};
 use lb_common::{
     addr::{Addr, Port},
     layout::{FrontendKey, ServiceName},
 };
+use serde::Serialize;
 
+use super::pins::Output;
 use crate::{image::service_name, model::object::Protocol};
 
 /// A table with these headings, which a terminal's width doesn't break.
@@ -17,11 +20,22 @@ pub fn new(headings: &[&str]) -> Table {
     table
 }
 
-/// Prints a table without the spaces that would stand at the ends of its lines.
+/// A table's lines, without the spaces that would stand at their ends.
+pub fn text(table: &Table) -> String {
+    table.lines().flat_map(|line| [line.trim_end().to_owned(), "\n".to_owned()]).collect()
+}
+
+/// Prints a table.
 pub fn print(table: &Table) {
-    for line in table.lines() {
-        println!("{}", line.trim_end());
-    }
+    print!("{}", text(table));
+}
+
+/// A list as it is asked for.
+pub fn list<R: Serialize>(rows: &[R], output: Output, table: impl FnOnce(&[R]) -> Table) -> Result<String> {
+    Ok(match output {
+        Output::Json => serde_json::to_string_pretty(rows)? + "\n",
+        Output::Table => text(&table(rows)),
+    })
 }
 
 /// Namespace, name, port name and protocol of a Service port.

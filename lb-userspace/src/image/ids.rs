@@ -7,6 +7,9 @@ use std::collections::{BTreeSet, VecDeque};
 /// Seconds for which what is no longer named is left alone: a packet that read the old table is long done by then.
 pub const GRACE: u64 = 2;
 
+/// The smallest are given out first: nobody gets to this one.
+pub const MOST_IDS: u32 = 1 << 20;
+
 /// Gives out ids from 1 on; 0 is what tables hold where nothing was written.
 #[derive(Clone, Debug)]
 pub struct Ids {

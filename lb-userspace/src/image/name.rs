@@ -21,7 +21,7 @@ pub fn encode(name: &PortName) -> ServiceName {
 #[must_use]
 pub fn text(bytes: &ServiceName) -> Option<&str> {
     let len = bytes.iter().position(|byte| *byte == 0).unwrap_or(bytes.len());
-    str::from_utf8(&bytes[..len]).ok().filter(|text| !text.is_empty())
+    str::from_utf8(&bytes[..len]).ok().filter(|text| !text.is_empty() && !text.contains(char::is_control))
 }
 
 /// The Service port that bytes stand for; nothing if they are no name of ours.
@@ -56,7 +56,7 @@ mod tests {
 
     #[test]
     fn other_bytes_are_no_names() {
-        for text in ["", "web", "ns/web", "ns/web:http", "ns/web:http/ICMP", "web:http/TCP"] {
+        for text in ["", "web", "ns/web", "ns/web:http", "ns/web:http/ICMP", "web:http/TCP", "ns/w\x1b[2Jeb:http/TCP"] {
             let mut bytes = [0; SERVICE_NAME_LEN];
             bytes[..text.len()].copy_from_slice(text.as_bytes());
             assert_eq!(decode(&bytes), None, "{text}");

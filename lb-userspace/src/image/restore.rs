@@ -10,7 +10,7 @@ use lb_common::{
     memory::Memory,
 };
 
-use super::{Image, PortState, Write, Writes, name, put, slots::Slots};
+use super::{Image, PortState, Write, Writes, ids::MOST_IDS, name, put, slots::Slots};
 use crate::plan::PortName;
 
 impl Image {
@@ -44,10 +44,11 @@ impl Image {
         image
     }
 
-    /// Service ports by id; of two ids with one name, the first.
+    /// Service ports by id; of two ids with one name, the first. What counts by id is as long as the largest one that is used,
+    /// so absurd ones are not.
     fn named_ports(&self) -> BTreeMap<u32, (PortName, PortState)> {
         let mut names = BTreeSet::new();
-        let decoded = self.memory.services.iter().filter(|(id, _)| *id != 0);
+        let decoded = self.memory.services.iter().filter(|(id, _)| (1..MOST_IDS).contains(id));
         let decoded = decoded.filter_map(|(id, bytes)| Some((id, name::decode(bytes)?)));
         let first = decoded.filter(|(_, name)| names.insert(name.clone()));
         first.map(|(id, name)| (id, (name, PortState { id, ..PortState::default() }))).collect()
@@ -60,44 +61,62 @@ impl Image {
                 continue;
             }
             self.endpoint_bits.add(bit_index(&endpoint.addr, endpoint.port));
-            if let Some((_, state)) = ports.get_mut(&endpoint.service).filter(|_| id != 0)
-                && let Err(place) = state.find_endpoint(&self.memory, &(endpoint.addr, endpoint.port))
-            {
-                state.endpoints.insert(place, id);
+            if let Some((_, state)) = ports.get_mut(&endpoint.service).filter(|_| id != 0) {
+                state.endpoints.push(id);
             }
+        }
+        let key = |id: &mut u32| self.memory.endpoints.get(id).map(|endpoint| (endpoint.addr, endpoint.port));
+        for (_, state) in ports.values_mut() {
+            // Of two ids with one address and port, the first: sorting leaves them in their order.
+            state.endpoints.sort_by_key(|id| key(&mut id.clone()));
+            state.endpoints.dedup_by_key(key);
         }
     }
 
     fn restore_frontends(&mut self, ports: &mut BTreeMap<u32, (PortName, PortState)>) {
+        let runs = self.runs(ports);
+        let mut named = BTreeSet::new();
         for (key, frontend) in &self.memory.frontends {
             self.frontend_bits.add(bit_index(&key.addr, key.port));
             let Some((_, state)) = ports.get_mut(&frontend.service) else { continue };
             state.frontends.insert(*key);
-            for range in [frontend.internal, frontend.external].into_iter().filter(|range| range.len != 0) {
-                let ids = self.content(&range, state);
-                if ids.is_some_and(|ids| state.find_range(&self.memory, &ids).is_none()) {
-                    state.ranges.push(range);
-                }
+            let ranges = [frontend.internal, frontend.external].into_iter().filter(|range| range.len != 0);
+            named.extend(ranges.filter(|range| runs.hold(range, state.id)).map(|it| (it.offset, it.len, state.id)));
+        }
+        // Ranges of damaged entries are not held: what a plan writes for those frontends is elsewhere. What is left doesn't
+        // overlap, so that reading it takes no longer than there are slots.
+        let (_, strange) = Slots::restore(named.iter().map(|(offset, len, _)| (*offset, *len)));
+        let mut contents = BTreeSet::new();
+        for (offset, len, service) in named.into_iter().filter(|(offset, len, _)| !strange.contains(&(*offset, *len))) {
+            let ids: Vec<u32> =
+                (offset..offset + len).filter_map(|slot| self.memory.slots.get(&slot).copied()).collect();
+            if let Some((_, state)) = ports.get_mut(&service)
+                && contents.insert((service, ids))
+            {
+                state.ranges.push(Range { offset, len });
             }
         }
-        // Ranges of damaged entries are not held: what a plan writes for those frontends is elsewhere.
-        let used = ports.values().flat_map(|(_, state)| &state.ranges).map(|range| (range.offset, range.len));
-        let (slots, strange) = Slots::restore(&used.collect());
-        self.slots = slots;
-        for (_, state) in ports.values_mut() {
-            state.ranges.retain(|range| !strange.contains(&(range.offset, range.len)));
-        }
+        let held = ports.values().flat_map(|(_, state)| &state.ranges).map(|range| (range.offset, range.len));
+        self.slots = Slots::restore(held.collect::<BTreeSet<_>>()).0;
     }
 
-    /// The endpoint ids in a range, if all of them belong to the Service port.
-    fn content(&self, range: &Range, state: &PortState) -> Option<Vec<u32>> {
-        let own = |id: &u32| {
-            let key = self.memory.endpoints.get(id).map(|endpoint| (endpoint.addr, endpoint.port));
-            key.is_some_and(|key| state.find_endpoint(&self.memory, &key).is_ok_and(|at| state.endpoints[at] == *id))
-        };
-        (range.offset..range.offset.checked_add(range.len)?)
-            .map(|slot| self.memory.slots.get(&slot).copied().filter(own))
-            .collect()
+    /// Slots in a row whose endpoints belong to one Service port.
+    fn runs(&self, ports: &BTreeMap<u32, (PortName, PortState)>) -> Runs {
+        let mut runs: Vec<Run> = Vec::new();
+        for (slot, id) in self.memory.slots.iter() {
+            let owner = self.memory.endpoints.get(id).and_then(|endpoint| {
+                let (_, state) = ports.get(&endpoint.service)?;
+                let place = state.find_endpoint(&self.memory, &(endpoint.addr, endpoint.port)).ok()?;
+                (state.endpoints[place] == *id).then_some(endpoint.service)
+            });
+            let slot = u64::from(slot);
+            match (owner, runs.last_mut()) {
+                (Some(owner), Some(run)) if run.owner == owner && run.end == slot => run.end += 1,
+                (Some(owner), _) => runs.push(Run { start: slot, end: slot + 1, owner }),
+                (None, _) => {}
+            }
+        }
+        Runs(runs)
     }
 
     /// Removes what belongs to no Service port.
@@ -119,11 +138,30 @@ impl Image {
         }
         for id in self.memory.services.keys().filter(is_stray).collect::<Vec<_>>() {
             put(&mut self.memory, &mut writes.removed, Write::RemoveService(id));
+            self.strays.insert(id);
+        }
+        for id in std::mem::take(&mut self.strays).into_iter().filter(|id| *id < MOST_IDS) {
             self.service_ids.rest(id, now);
         }
-        for id in std::mem::take(&mut self.strays) {
-            self.service_ids.rest(id, now);
-        }
+    }
+}
+
+/// Slots in a row whose endpoints belong to one Service port.
+struct Run {
+    start: u64,
+    end: u64,
+    owner: u32,
+}
+
+/// Runs in their order.
+struct Runs(Vec<Run>);
+
+impl Runs {
+    /// Whether all of a range is a Service port's. Its length may be that of nothing sane, and costs nothing.
+    fn hold(&self, range: &Range, owner: u32) -> bool {
+        let (start, end) = (u64::from(range.offset), u64::from(range.offset) + u64::from(range.len));
+        let before = self.0.partition_point(|run| run.start <= start);
+        self.0[..before].last().is_some_and(|run| run.owner == owner && run.end >= end)
     }
 }
 

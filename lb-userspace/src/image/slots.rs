@@ -22,13 +22,13 @@ pub struct Slots {
 }
 
 impl Slots {
-    /// The allocator of an array in which these ranges, as offset and length, are in use; and those of them that can't
+    /// The allocator of an array in which these ranges, as offset and length in this order, are in use; and those of them that can't
     /// have come from it: they overlap others or lie where no range begins.
     #[must_use]
-    pub fn restore(used: &BTreeSet<(u32, u32)>) -> (Self, BTreeSet<(u32, u32)>) {
+    pub fn restore(used: impl IntoIterator<Item = (u32, u32)>) -> (Self, BTreeSet<(u32, u32)>) {
         let mut slots = Self::default();
         let mut strange = BTreeSet::new();
-        for &(offset, len) in used {
+        for (offset, len) in used {
             let size = 1_u64 << order(len);
             if offset < slots.end || u64::from(offset) % size != 0 || u64::from(offset) + size > u64::from(MAX_END) {
                 strange.insert((offset, len));
@@ -125,8 +125,8 @@ mod tests {
 
     #[test]
     fn ranges_of_another_allocator_are_named() {
-        let used = [(0, 4), (2, 2), (5, 2), (8, 3), (8, 9), (u32::MAX, 1), (MAX_END, 1)].into();
-        let (mut slots, strange) = Slots::restore(&used);
+        let used = [(0, 4), (2, 2), (5, 2), (8, 3), (8, 9), (MAX_END, 1), (u32::MAX, 1)];
+        let (mut slots, strange) = Slots::restore(used);
         assert_eq!(strange, [(2, 2), (5, 2), (8, 9), (u32::MAX, 1), (MAX_END, 1)].into());
         assert_eq!([slots.end(), slots.take(4), slots.take(1)], [12, 4, 12]);
     }
@@ -152,7 +152,7 @@ mod tests {
                 most = most.max(used.iter().map(|(_, len)| len.next_power_of_two()).sum::<u32>());
                 // The largest block may be missing once for alignment, and one freed block may be at rest.
                 prop_assert!(slots.end() <= 4 * most + 128, "{} slots for {most}", slots.end());
-                let (restored, strange) = Slots::restore(&used.iter().copied().collect());
+                let (restored, strange) = Slots::restore(used.iter().copied().collect::<BTreeSet<_>>());
                 prop_assert!(strange.is_empty() && restored.end() <= slots.end());
             }
             for (offset, len) in used {

@@ -470,3 +470,73 @@ fn what_is_in_no_plan_is_swept_away() {
     assert_eq!((image.memory().frontends.len(), image.memory().services.len()), (3, 1));
     assert_eq!(sweep(&mut image, &kept, 0), []);
 }
+
+/// Tables of one Service port with so many endpoints, in the slots from 0 on.
+fn table_of(endpoints: u32) -> Memory {
+    let mut memory = Memory::default();
+    memory.services.insert(1, name::encode(&name(1, "http")));
+    for id in 1..=endpoints {
+        let addr = Addr::from_v4_word((0x0a00_0000 + id).to_be());
+        let flags = endpoint_flags::SERVING;
+        memory.endpoints.insert(id, Endpoint { addr, port: Port::new(8080), flags, service: 1, generation: 0 });
+        memory.slots.insert(id - 1, id);
+    }
+    memory
+}
+
+#[test]
+fn damaged_ranges_cost_no_more_than_there_are_slots() {
+    let many = 1 << 16;
+    let mut memory = table_of(many);
+    // All that lie within the slots, and some that no memory would hold: each looked through, it would take hours.
+    let ranges = (0..many).map(|at| Range { offset: at, len: many - at });
+    let ranges = ranges.chain((0..64).map(|at| Range { offset: at, len: u32::MAX - at }));
+    for (number, range) in (0..).zip(ranges) {
+        let key = FrontendKey::new(Addr::from_v4_word(number), Port::new(80), TCP);
+        let frontend = Frontend { internal: range, external: range, service: 1, ..Frontend::default() };
+        memory.frontends.insert(key, frontend);
+    }
+    let image = Image::restore(memory, 0);
+    assert_eq!(image.ports[&name(1, "http")].ranges, [Range { offset: 0, len: many }]);
+    assert_eq!(image.required().slots, many as usize);
+}
+
+#[test]
+fn ranges_that_hold_the_same_are_held_once() {
+    let mut memory = table_of(4);
+    let other = Endpoint { service: 2, ..memory.endpoints[&4] };
+    memory.endpoints.insert(5, other);
+    memory.services.insert(2, name::encode(&name(2, "http")));
+    memory.slots.extend([(4, 1), (5, 2), (6, 9), (8, 2), (9, 1), (10, 5), (12, 1), (13, 2)]);
+    for (number, (offset, len)) in
+        (0..).zip([(0, 4), (0, 4), (4, 2), (6, 1), (7, 1), (8, 2), (5, 1), (10, 1), (12, 2), (0, 0)])
+    {
+        let key = FrontendKey::new(Addr::from_v4_word(number), Port::new(80), TCP);
+        let range = Range { offset, len };
+        memory.frontends.insert(key, Frontend { external: range, service: 1, ..Frontend::default() });
+    }
+    let image = Image::restore(memory, 0);
+    let ranges = image.ports[&name(1, "http")].ranges.iter().map(|range| (range.offset, range.len));
+    // [6] names no endpoint, [7] is empty, [5] lies in another, [10] is another Service's, [12] holds what [4] does.
+    assert_eq!(ranges.collect::<Vec<_>>(), [(0, 4), (4, 2), (8, 2)]);
+}
+
+#[test]
+fn an_absurd_id_is_swept_away_and_never_given_out() {
+    let (mut planner, mut image) = (Book::default(), Image::default());
+    image.apply(&update(&mut planner, 1, Some(&web(&[1]))), 0);
+    let mut memory = image.memory().clone();
+    let absurd = [MOST_IDS, u32::MAX];
+    memory.services.extend(absurd.map(|id| (id, name::encode(&name(2, "http")))));
+    for (number, service) in (0..).zip([MOST_IDS + 1, u32::MAX - 1]) {
+        let key = FrontendKey::new(Addr::from_v4_word(number), Port::new(80), TCP);
+        memory.frontends.insert(key, Frontend { service, ..Frontend::default() });
+    }
+    let mut image = Image::restore(memory, 0);
+    sweep(&mut image, &planner, 0);
+    assert_eq!(image.memory().services.keys().collect::<Vec<_>>(), [1]);
+    for (service, id) in [(0, 2), (2, 3), (3, 4)] {
+        image.apply(&update(&mut planner, service, Some(&web(&[1]))), GRACE);
+        assert_eq!(image.service_id(&name(service, "http")), Some(id));
+    }
+}

@@ -17,7 +17,7 @@ use lb_common::{
 };
 
 use super::sys::{Map, MapShape, NO_PREALLOC, map_type};
-use crate::plan::Expected;
+use crate::{image::MOST_IDS, plan::Expected};
 
 /// A table that the agent writes and the programs read. Grows by generation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -186,7 +186,7 @@ impl Capacity {
             (Table::Slots, last(memory.slots.last_key())),
             (Table::Endpoints, last(memory.endpoints.last_key())),
             (Table::Services, count(memory.services.len())),
-            (Table::ServiceCounters, last(memory.services.last_key())),
+            (Table::ServiceCounters, last(memory.services.keys().filter(|id| *id < MOST_IDS).last())),
             (Table::SourceRanges, count(memory.source_ranges.len())),
             (Table::LocalCidrs, count(memory.local_cidrs.len())),
             (Table::ServiceCidrs, count(memory.service_cidrs.len())),
@@ -282,5 +282,13 @@ mod tests {
     fn arrays_need_their_last_index() {
         let memory = Memory { slots: [(70_000, 1)].into(), ..Memory::default() };
         assert_eq!(Capacity::of(&memory).needs(Table::Slots), 70_001);
+    }
+
+    #[test]
+    fn an_absurd_id_makes_no_large_table_of_counters() {
+        let mut memory = Memory::default();
+        memory.services.extend([1, 700, MOST_IDS, u32::MAX].map(|id| (id, [0; lb_common::layout::SERVICE_NAME_LEN])));
+        let capacity = Capacity::of(&memory);
+        assert_eq!([Table::ServiceCounters, Table::Services].map(|table| capacity.needs(table)), [701, 4]);
     }
 }

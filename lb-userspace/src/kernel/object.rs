@@ -239,6 +239,8 @@ fn relocate(
         .override_global("IPV6_CHECKSUM_FLAG", &constants.checksum_flag, true)
         .override_global("MASQUERADE_FIRST", &options.masquerade_first, true)
         .override_global("MASQUERADE_PORTS", &options.masquerade_ports, true)
+        .override_global("REPLY_MARK_MASK", &options.reply_mark.mask, true)
+        .override_global("REPLY_MARK", &options.reply_mark.value, true)
         .override_global("COUNT_SERVICES", &count_services, true);
     #[cfg(feature = "program-log")]
     loader.override_global(aya_log::LEVEL, &options.program_log, true);

@@ -8,7 +8,7 @@ use std::{borrow::Borrow, cell::Cell, collections::BTreeMap, io, os::fd::Borrowe
 use anyhow::{Context as _, Result};
 use lb_common::{
     addr::Addr,
-    layout::{Device, Frontend, FrontendKey, NodeAddress, PrefixKey, ServiceName},
+    layout::{Device, Endpoint, Frontend, FrontendKey, NodeAddress, PrefixKey, ServiceName},
     memory::{Dense, Memory},
 };
 
@@ -265,29 +265,55 @@ impl Store {
     /// Arrays do not tell what was never written: slots and endpoints of zeros are left out, and no endpoint has id 0.
     pub fn read(&self) -> Result<Memory> {
         let mut memory = Memory::default();
-        self.each(Table::Frontends, |key: FrontendKey, value: Frontend| memory.frontends.extend([(key, value)]))?;
-        self.each(Table::Slots, |slot: u32, id: u32| {
-            if id != 0 {
-                memory.slots.insert(slot, id);
-            }
-        })?;
-        self.each(Table::Endpoints, |id, endpoint| {
-            if endpoint != Default::default() {
-                memory.endpoints.insert(id, endpoint);
-            }
-        })?;
-        memory.services = self.services()?;
-        self.each(Table::SourceRanges, |prefix: PrefixKey, _: u32| memory.source_ranges.extend([prefix]))?;
-        self.each(Table::LocalCidrs, |prefix: PrefixKey, _: u32| memory.local_cidrs.extend([prefix]))?;
-        self.each(Table::ServiceCidrs, |prefix: PrefixKey, _: u32| memory.service_cidrs.extend([prefix]))?;
-        self.each(Table::NodeAddresses, |addr: Addr, flags: NodeAddress| {
-            memory.node_addresses.extend([(addr, flags)])
-        })?;
-        self.each(Table::Devices, |ifindex: u32, device: Device| memory.devices.extend([(ifindex, device)]))?;
-        self.each(Table::Settings, |_: u32, settings| memory.settings = settings)?;
-        self.each(Table::FrontendBits, |word, bits| memory.frontend_bits.extend(set_bits(word, bits)))?;
-        self.each(Table::EndpointBits, |word, bits| memory.endpoint_bits.extend(set_bits(word, bits)))?;
+        for table in Table::ALL.into_iter().filter(|table| *table != Table::ServiceCounters) {
+            let calls = self
+                .map(table)?
+                .read(|key, value| take_in(&mut memory, table, key, value))
+                .with_context(|| format!("cannot read map {}", table.name()))?;
+            self.count(calls, 0, 0);
+        }
         Ok(memory)
+    }
+}
+
+/// Takes an entry of a map into memory, whatever it says.
+///
+/// # Panics
+///
+/// If key or value are not as long as the table's.
+pub fn take_in(memory: &mut Memory, table: Table, key: &[u8], value: &[u8]) {
+    match table {
+        Table::Frontends => memory.frontends.extend([(value_of::<FrontendKey>(key), value_of::<Frontend>(value))]),
+        Table::Slots => memory.slots.extend(Some((value_of(key), value_of(value))).filter(|(_, id)| *id != 0)),
+        Table::Endpoints => {
+            let endpoint: Endpoint = value_of(value);
+            memory.endpoints.extend((endpoint != Endpoint::default()).then(|| (value_of(key), endpoint)));
+        }
+        Table::Services => memory.services.extend([(value_of(key), value_of::<ServiceName>(value))]),
+        Table::SourceRanges => memory.source_ranges.extend([whole(value_of(key))]),
+        Table::LocalCidrs => memory.local_cidrs.extend([whole(value_of(key))]),
+        Table::ServiceCidrs => memory.service_cidrs.extend([whole(value_of(key))]),
+        Table::NodeAddresses => memory.node_addresses.extend([(value_of::<Addr>(key), value_of::<NodeAddress>(value))]),
+        Table::Devices => memory.devices.extend([(value_of::<u32>(key), value_of::<Device>(value))]),
+        Table::Settings => memory.settings = value_of(value),
+        Table::FrontendBits => memory.frontend_bits.extend(set_bits(value_of(key), value_of(value))),
+        Table::EndpointBits => memory.endpoint_bits.extend(set_bits(value_of(key), value_of(value))),
+        Table::ServiceCounters => {}
+    }
+}
+
+/// A prefix as the agent writes it. To the kernel's tries bits behind its end are of no account: with them and without is one
+/// entry, and whoever took them for two would remove what he wrote.
+fn whole(prefix: PrefixKey) -> PrefixKey {
+    let mask = |word: u32| {
+        let bits = prefix.prefix_len.saturating_sub(32 * word).min(32);
+        u32::MAX.checked_shl(32 - bits).unwrap_or(0).to_be()
+    };
+    let [a, b, c, d] = prefix.addr.words;
+    PrefixKey {
+        service: prefix.service & mask(0),
+        addr: Addr { words: [a & mask(1), b & mask(2), c & mask(3), d & mask(4)] },
+        ..prefix
     }
 }
 
@@ -366,5 +392,27 @@ pub fn fill(memory: &Memory, table: Table) -> Vec<Write> {
         Table::EndpointBits => memory.endpoint_bits.iter().map(Write::EndpointBit).collect(),
         // What is in them is no memory of the agent's: `counters` copies it.
         Table::ServiceCounters => Vec::new(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bits_behind_the_end_of_a_prefix_are_of_no_account() {
+        for (prefix_len, service, words, want) in [
+            (160, 7, [1, 2, 3, 4], (7, [1, 2, 3, 4])),
+            (144, 7, [1, 2, 3, u32::MAX], (7, [1, 2, 3, u32::from_ne_bytes([255, 255, 0, 0])])),
+            (32, 7, [1, 2, 3, 4], (7, [0; 4])),
+            (0, 7, [1, 2, 3, 4], (0, [0; 4])),
+            (u32::MAX, 7, [1, 2, 3, 4], (7, [1, 2, 3, 4])),
+        ] {
+            let prefix = PrefixKey { prefix_len, service, addr: Addr { words } };
+            let mut memory = Memory::default();
+            take_in(&mut memory, Table::LocalCidrs, bytes_of(&[prefix]), bytes_of(&[1_u32]));
+            let want = PrefixKey { prefix_len, service: want.0, addr: Addr { words: want.1 } };
+            assert_eq!(memory.local_cidrs, [want].into(), "{prefix_len}");
+        }
     }
 }

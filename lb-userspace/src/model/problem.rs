@@ -1,6 +1,6 @@
 //! What is wrong with a field of an object.
 
-use std::fmt;
+use std::{borrow::Cow, fmt};
 
 /// A field that can't be used, and what to do about it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -22,4 +22,18 @@ impl fmt::Display for FieldError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}: {}", self.field, self.message)
     }
+}
+
+/// Text that writes over nothing, where it is shown: others' words may hold what a terminal obeys.
+pub fn printable(text: &str) -> Cow<'_, str> {
+    if text.contains(char::is_control) {
+        let escape = |c: char| if c.is_control() { c.escape_debug().to_string() } else { c.to_string() };
+        return Cow::Owned(text.chars().map(escape).collect());
+    }
+    Cow::Borrowed(text)
+}
+
+/// Whether this may be a part of a Service port's name: it is written between `/` and `:`, and shown.
+pub fn is_name(text: &str) -> bool {
+    !text.contains(|c: char| c.is_control() || c == '/' || c == ':')
 }

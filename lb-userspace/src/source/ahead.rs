@@ -21,7 +21,9 @@ const MOST_THREADS: usize = 8;
 ///
 /// If making or taking something does.
 pub(super) fn each<T: Sync, R: Send>(things: &[T], make: impl Fn(&T) -> R + Sync, mut take: impl FnMut(&T, R)) {
-    let threads = thread::available_parallelism().map_or(1, NonZero::get).min(things.len()).min(MOST_THREADS);
+    // One file is the usual change, and to ask for the number of CPUs takes as long as to read it.
+    let most = if things.len() < 2 { 1 } else { thread::available_parallelism().map_or(1, NonZero::get) };
+    let threads = most.min(things.len()).min(MOST_THREADS);
     if threads < 2 {
         return things.iter().for_each(|thing| take(thing, make(thing)));
     }

@@ -8,6 +8,7 @@ use std::collections::BTreeSet;
 use crate::model::{
     FieldError, Node, Service, ServiceCidr,
     address::{parse_cidr, parse_ip},
+    is_name,
     object::{MAX_AFFINITY_SECONDS, ServiceType},
 };
 
@@ -59,6 +60,8 @@ pub(super) fn service(service: &Service) -> Vec<FieldError> {
         check(format!("spec.ports[{index}].port"), "0", port.port != 0, "is no port; write a number from 1 to 65535");
         let new = names.insert((&port.name, port.protocol));
         check(format!("spec.ports[{index}].name"), &port.name, new, "is another port's name; give each port its own");
+        let field = format!("spec.ports[{index}].name");
+        check(field, &port.name, is_name(&port.name), "is no name; write letters, digits and `-`");
     }
     errors
 }

@@ -16,7 +16,10 @@ use notify::{
     Event, EventKind,
     event::{AccessKind, AccessMode, ModifyKind, RenameMode},
 };
-use tokio::sync::mpsc;
+use tokio::{
+    sync::mpsc,
+    time::{Instant, timeout_at},
+};
 
 use super::{
     Problem, Update,
@@ -89,8 +92,10 @@ impl Manifests {
                 self.pending.push(signal);
             }
             self.drain();
-            if self.pending.iter().any(is_gone) {
-                tokio::time::sleep(RETURN).await;
+            let patience = Instant::now() + RETURN;
+            while self.pending.iter().any(|signal| self.is_gone(signal)) {
+                let Ok(signal) = timeout_at(patience, self.events.recv()).await else { break };
+                self.pending.push(signal?);
                 self.drain();
             }
             let signals = std::mem::take(&mut self.pending);
@@ -102,6 +107,18 @@ impl Manifests {
                 return Some(update);
             }
         }
+    }
+
+    /// Whether a name behind which there were objects stands for nothing now. For others, such as the one that a file had before it
+    /// was complete, nobody has to wait.
+    fn is_gone(&self, signal: &Signal) -> bool {
+        let Signal::Name(path) = signal else { return false };
+        let mattered = self.store.knows(path)
+            || self.folder.contains(path)
+            || self.folder.leads_to_root(path)
+            || self.folder.links_to(path).next().is_some()
+            || path.file_name().is_some_and(|name| name == "..data");
+        mattered && fs::symlink_metadata(path).is_err()
     }
 
     fn drain(&mut self) {
@@ -147,21 +164,37 @@ impl Manifests {
     }
 }
 
+/// The manifests of a folder that nobody watches: they are read when somebody asks.
+pub struct Unwatched {
+    folder: Folder,
+    store: Store,
+    first: bool,
+}
+
+impl Unwatched {
+    /// The manifests of a folder. Nothing is read yet.
+    ///
+    /// # Errors
+    ///
+    /// When there is no such folder.
+    pub fn open(dir: &Path) -> anyhow::Result<Self> {
+        Ok(Self { folder: Folder::new(existing(dir)?, None), store: Store::default(), first: true })
+    }
+
+    /// The changes since the last time; everything, the first time.
+    pub fn read(&mut self) -> Update {
+        let unreadable = first_scan(&mut self.folder, &mut self.store);
+        Update { first: std::mem::take(&mut self.first), ..self.store.take(&unreadable) }
+    }
+}
+
 /// Reads a folder once.
 ///
 /// # Errors
 ///
 /// When there is no such folder.
 pub fn read_all(dir: &Path) -> anyhow::Result<Update> {
-    let mut folder = Folder::new(existing(dir)?, None);
-    let mut store = Store::default();
-    let unreadable = first_scan(&mut folder, &mut store);
-    Ok(Update { first: true, ..store.take(&unreadable) })
-}
-
-/// Whether a name that mattered stands for nothing now.
-fn is_gone(signal: &Signal) -> bool {
-    matches!(signal, Signal::Name(path) if fs::symlink_metadata(path).is_err())
+    Ok(Unwatched::open(dir)?.read())
 }
 
 fn existing(dir: &Path) -> anyhow::Result<PathBuf> {

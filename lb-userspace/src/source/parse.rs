@@ -3,6 +3,8 @@
 //! In: YAML or JSON, with several documents and lists. Out: [`Parsed`]: the objects, and a [`Problem`] for each one that can't be
 //! used. A bad document costs itself and no other.
 
+mod yaml;
+
 use std::{
     path::Path,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -12,7 +14,13 @@ use serde::{Deserialize, Deserializer, de::DeserializeOwned};
 use serde_json::{Value, value::RawValue};
 
 use super::{Problem, check};
-use crate::model::{FieldError, Interner, Kind, Object, ObjectName, PodState, SliceState, object};
+use crate::model::{FieldError, Interner, Kind, Object, ObjectName, PodState, SliceState, is_name, object};
+
+/// With which some editors begin a file.
+const BYTE_ORDER_MARK: &[u8] = "\u{feff}".as_bytes();
+
+/// So many lists may stand in one another. Tools write one.
+const MOST_LISTS: usize = 8;
 
 /// What a file says.
 #[derive(Debug, Default)]
@@ -32,16 +40,11 @@ pub(super) struct Parsed {
 /// Reads a file's text. Several threads may do so with one interner.
 pub(super) fn parse(file: &Path, bytes: &[u8], interner: &Mutex<Interner>) -> Parsed {
     let mut parser = Parser { file, document: 1, interner, parsed: Parsed::default() };
-    match std::str::from_utf8(bytes) {
-        Ok(text) => {
-            let text = text.strip_prefix('\u{feff}').unwrap_or(text);
-            if file.extension().is_some_and(|extension| extension == "json") {
-                parser.json(text);
-            } else {
-                parser.yaml(text);
-            }
-        }
-        Err(error) => parser.unidentified(format!("{error}; save the file as UTF-8")),
+    let bytes = bytes.strip_prefix(BYTE_ORDER_MARK).unwrap_or(bytes);
+    if file.extension().is_some_and(|extension| extension == "json") {
+        parser.json(bytes);
+    } else {
+        parser.yaml(bytes);
     }
     parser.parsed
 }
@@ -135,10 +138,13 @@ struct Place {
     prefix: String,
     kind: Option<String>,
     api_version: Option<String>,
+    /// Lists around it.
+    lists: usize,
 }
 
 impl Parser<'_> {
-    fn json(&mut self, text: &str) {
+    fn json(&mut self, bytes: &[u8]) {
+        let Some(text) = self.text(bytes, 0) else { return };
         for document in serde_json::Deserializer::from_str(text).into_iter::<&RawValue>() {
             match document {
                 Ok(document) => self.object(&document, &Place::default()),
@@ -148,21 +154,22 @@ impl Parser<'_> {
         }
     }
 
-    fn yaml(&mut self, text: &str) {
-        for (line, document) in documents(text) {
-            // The file is the operator's own, and may be as large as the cluster.
-            let options = serde_saphyr::options! { budget: None, with_snippet: false };
-            match serde_saphyr::from_str_with_options::<Value>(document, options) {
-                Ok(Value::Null) => {}
-                Ok(value) => self.object(&value, &Place::default()),
-                Err(error) => {
-                    let at = error.location().map_or_else(String::new, |at| {
-                        format!(" (line {}, column {})", at.line() + line as u64, at.column())
-                    });
-                    let text = error.without_snippet().to_string();
-                    let text = text.lines().next().unwrap_or_default();
-                    self.unidentified(format!("{text}{at}; correct the YAML"));
-                }
+    /// The text of bytes that stand behind so many lines.
+    fn text<'a>(&mut self, bytes: &'a [u8], lines: usize) -> Option<&'a str> {
+        let text = str::from_utf8(bytes);
+        text.map_err(|error| {
+            let line = 1 + lines + bytes[..error.valid_up_to()].iter().filter(|byte| **byte == b'\n').count();
+            self.unidentified(format!("no UTF-8 (line {line}); save the file as UTF-8"));
+        })
+        .ok()
+    }
+
+    fn yaml(&mut self, bytes: &[u8]) {
+        for (line, document) in yaml::documents(bytes) {
+            match self.text(document, line).map(|text| yaml::value(text, line)) {
+                None | Some(Ok(Value::Null)) => {}
+                Some(Ok(value)) => self.object(&value, &Place::default()),
+                Some(Err(message)) => self.unidentified(message),
             }
             self.document += 1;
         }
@@ -187,11 +194,17 @@ impl Parser<'_> {
         if let Some(element) = kind.strip_suffix("List")
             && let Some(items) = head.items
         {
+            if place.lists == MOST_LISTS {
+                self.parsed.unidentified = true;
+                let message = format!("more than {MOST_LISTS} lists in one another; write the objects into one list");
+                return self.problem(None, place, FieldError::new("items", message));
+            }
             let named = (!element.is_empty()).then(|| (element.to_owned(), api_version));
             let (kind, api_version) = named.unzip();
             for (index, item) in items.iter().enumerate() {
                 let prefix = format!("{}items[{index}].", place.prefix);
-                self.object(item, &Place { prefix, kind: kind.clone(), api_version: api_version.clone() });
+                let (kind, api_version) = (kind.clone(), api_version.clone());
+                self.object(item, &Place { prefix, kind, api_version, lists: place.lists + 1 });
             }
             return;
         }
@@ -201,8 +214,8 @@ impl Parser<'_> {
             self.parsed.skipped += 1;
             return;
         };
-        let (namespace, name) = (metadata.namespace.unwrap_or_default(), metadata.name.unwrap_or_default());
-        let name = object::Metadata { name: ObjectName::new(&namespace, &name), ..object::Metadata::default() };
+        let (namespace, own_name) = (metadata.namespace.unwrap_or_default(), metadata.name.unwrap_or_default());
+        let name = object::Metadata { name: ObjectName::new(&namespace, &own_name), ..object::Metadata::default() };
         let name = match known {
             Kind::Service | Kind::EndpointSlice | Kind::Pod => name.namespaced(),
             Kind::Node | Kind::ServiceCidr => name.cluster_wide(),
@@ -212,11 +225,12 @@ impl Parser<'_> {
             let message = format!("{api_version:?} is not read; write {:?}", known.api_version());
             return self.problem(Some((known, &name)), place, FieldError::new("apiVersion", message));
         }
-        if namespace.contains('/') {
-            self.parsed.unidentified = true;
-            let error =
-                FieldError::new("metadata.namespace", format!("{namespace:?} has a slash; write a namespace's name"));
-            return self.problem(Some((known, &name)), place, error);
+        for (field, text) in [("metadata.namespace", &namespace), ("metadata.name", &own_name)] {
+            if !is_name(text) {
+                self.parsed.unidentified = true;
+                let message = format!("{text:?} is no name; write letters, digits, `-` and `.`");
+                return self.problem(Some((known, &name)), place, FieldError::new(field, message));
+            }
         }
         if name.name().is_empty() {
             self.parsed.unidentified = true;
@@ -304,34 +318,5 @@ fn read<T: Outline>(
             let errors = check::service_cidr(&cidr);
             (Object::ServiceCidr(Box::new(cidr)), errors)
         }
-    })
-}
-
-/// The documents of a YAML stream that hold anything, with the number of lines before each. A line of `---` ends a document
-/// wherever it stands, so that a broken one doesn't hide the next.
-fn documents(text: &str) -> Vec<(usize, &str)> {
-    let mut documents = Vec::new();
-    let (mut start, mut start_line, mut at) = (0, 0, 0);
-    for (number, line) in text.split_inclusive('\n').enumerate() {
-        let marker =
-            line.strip_prefix("---").is_some_and(|rest| rest.is_empty() || rest.starts_with(char::is_whitespace));
-        if marker && holds_anything(&text[start..at]) {
-            documents.push((start_line, &text[start..at]));
-            (start, start_line) = (at, number);
-        } else if marker {
-            (start, start_line) = (at, number);
-        }
-        at += line.len();
-    }
-    if holds_anything(&text[start..]) {
-        documents.push((start_line, &text[start..]));
-    }
-    documents
-}
-
-fn holds_anything(document: &str) -> bool {
-    document.lines().any(|line| {
-        let line = line.strip_prefix("---").unwrap_or(line).trim();
-        !line.is_empty() && !line.starts_with('#') && line != "..." && !line.starts_with('%')
     })
 }

@@ -36,7 +36,7 @@ fn problems(update: &Update, root: &Path) -> Vec<String> {
     update.problems.iter().map(|problem| problem.to_string().replace(&prefix, "")).collect()
 }
 
-fn read_one(name: &str, text: &str) -> (Vec<String>, Vec<String>, usize) {
+fn read_one(name: &str, text: impl AsRef<[u8]>) -> (Vec<String>, Vec<String>, usize) {
     let dir = TempDir::new().unwrap();
     fs::write(dir.path().join(name), text).unwrap();
     let update = read_all(dir.path()).unwrap();
@@ -164,6 +164,18 @@ fn bad_fields_are_reported_with_their_place_and_a_remedy() {
         (list, "Service default/a, items[0].spec.ports[0].port: "),
         (r#"{"kind":"Service","apiVersion":"v2","metadata":{"name":"a"}}"#.into(), "Service default/a, apiVersion: "),
         (r#"{"kind":"Service","apiVersion":"v1","metadata":{}}"#.into(), "metadata.name: "),
+        (
+            service(r#"{"ports":[{"port":1,"name":"a/b"}]}"#),
+            r#"Service default/a, spec.ports[0].name: "a/b" is no name; "#,
+        ),
+        (
+            r#"{"kind":"Service","apiVersion":"v1","metadata":{"name":"a\u001b[2J"}}"#.into(),
+            r#"Service default/a\u{1b}[2J, metadata.name: "a\u{1b}[2J" is no name; "#,
+        ),
+        (
+            r#"{"kind":"Service","apiVersion":"v1","metadata":{"name":"a","namespace":"b:c"}}"#.into(),
+            r#"metadata.namespace: "b:c" is no name; "#,
+        ),
         (r#"{"metadata":{"name":"a"}}"#.into(), "kind or apiVersion is missing"),
         (r#"{"kind":"#.into(), "correct the "),
         (r"[1]".into(), "document 1"),
@@ -198,7 +210,92 @@ fn a_syntax_error_has_its_line_in_the_file() {
     let text = format!("{}---\na: [1\n---\n{}", service_yaml("a", "1"), service_yaml("b", "2"));
     let (told, problems, _) = read_one("a.yaml", &text);
     assert_eq!(told, ["+a:1", "+b:2"]);
-    assert!(problems[0].contains("document 2") && problems[0].contains("line "), "{problems:?}");
+    assert_eq!(problems, ["a.yaml, document 2: unclosed bracket '[' (line 9, column 4); correct the YAML"]);
+}
+
+#[test]
+fn what_stands_too_deep_costs_its_document_and_no_more() {
+    let json = |open: &str, close: &str| format!("{}{}", open.repeat(20_000), close.repeat(20_000));
+    let service = r#"{"kind":"Service","apiVersion":"v1","metadata":{"name":"a"},"spec":{"ports":[{"port":1}]}}"#;
+    for (text, expected) in [
+        (
+            json(r#"{"kind":"List","apiVersion":"v1","items":["#, "]}"),
+            "lists in one another; write the objects into one list",
+        ),
+        (json(r#"{"kind":"ServiceList","apiVersion":"v1","items":["#, "]}"), "lists in one another"),
+        (json("[", "]"), "; "),
+        (json(r#"{"a":"#, "}").replace(":}", ":1}"), "; "),
+    ] {
+        for (file, text) in [("a.json", format!("{text}{service}")), ("a.yaml", format!("{text}\n---\n{service}"))] {
+            let (told, problems, _) = read_one(file, &text);
+            assert_eq!(told, ["+a:1"], "{file} {}", &text[..20]);
+            assert_eq!(problems.len(), 1, "{problems:?}");
+            assert!(problems[0].starts_with(&format!("{file}, document 1")), "{problems:?}");
+            assert!(file == "a.yaml" || problems[0].contains(expected), "{problems:?}");
+        }
+    }
+    let nested = |lists| {
+        let (open, close) = (r#"{"kind":"List","apiVersion":"v1","items":["#, "]}");
+        format!("{}{service}{}", open.repeat(lists), close.repeat(lists))
+    };
+    assert_eq!(read_one("a.json", nested(8)), (vec!["+a:1".to_owned()], vec![], 0), "some may");
+}
+
+#[test]
+fn yaml_that_says_a_thing_a_billion_times_costs_its_document() {
+    let aliases = |count: usize| vec!["*a"; count].join(",");
+    let ten_times = |levels: u8| {
+        let line = |level: u8| {
+            let (this, last) = (char::from(b'a' + level), char::from(b'a' + level - 1));
+            format!("{this}: &{this} [{}]\n", vec![format!("*{last}"); 10].join(","))
+        };
+        format!("a: &a [x,x,x,x,x,x,x,x,x,x]\n{}", (1..levels).map(line).collect::<String>())
+    };
+    let merged: String = (0..20_000).map(|index| format!("k{index}:\n  <<: *a\n")).collect();
+    for (name, text) in [
+        ("lists of lists", ten_times(9)),
+        ("many small things", format!("a: &a [{}]\nb: [{}]\n", vec!["1"; 1000].join(","), aliases(1000))),
+        ("much text", format!("a: &a {}\nb: [{}]\n", "x".repeat(1 << 20), aliases(9_000))),
+        ("many times", format!("a: &a {}\nb: [{}]\n", "x".repeat(1000), aliases(1 << 20))),
+        (
+            "much within much",
+            format!("a: &a {}\nb: &b [{}]\nc: [{}]\n", "x".repeat(1000), aliases(1000), vec!["*b"; 1000].join(",")),
+        ),
+        (
+            "merged maps",
+            format!(
+                "a: &a {{{}}}\n{merged}",
+                (0..500).map(|index| format!("a{index}: 1")).collect::<Vec<_>>().join(",")
+            ),
+        ),
+    ] {
+        let (told, problems, _) =
+            read_one("a.yaml", format!("{}---\n{text}---\n{}", service_yaml("a", "1"), service_yaml("b", "2")));
+        assert_eq!(told, ["+a:1", "+b:2"], "{name}");
+        assert_eq!(problems.len(), 1, "{name}: {problems:?}");
+        assert!(problems[0].starts_with("a.yaml, document 2"), "{name}: {problems:?}");
+        assert!(problems[0].contains("`*` says too much again"), "{name}: {problems:?}");
+    }
+    let text = "apiVersion: v1\nkind: List\nitems:\n".to_owned()
+        + &(0..500)
+            .map(|index| {
+                let labels = if index == 0 { "&labels {app: web, tier: front}" } else { "*labels" };
+                format!("- apiVersion: v1\n  kind: Service\n  metadata:\n    name: s{index}\n    labels: {labels}\n")
+            })
+            .collect::<String>();
+    let (told, problems, _) = read_one("a.yaml", text);
+    assert_eq!((told.len(), problems), (500, vec![]), "what people write is read");
+}
+
+#[test]
+fn a_document_that_is_not_utf_8_costs_itself() {
+    let text =
+        [service_yaml("a", "1").as_bytes(), b"---\nkind: \xff\n---\n", service_yaml("b", "2").as_bytes()].concat();
+    let (told, problems, _) = read_one("a.yaml", &text);
+    assert_eq!(told, ["+a:1", "+b:2"]);
+    assert_eq!(problems, ["a.yaml, document 2: no UTF-8 (line 9); save the file as UTF-8"]);
+    let marked = [b"\xef\xbb\xbf", service_yaml("a", "1").as_bytes()].concat();
+    assert_eq!(read_one("a.yaml", marked).0, ["+a:1"], "some editors mark what they save");
 }
 
 #[test]

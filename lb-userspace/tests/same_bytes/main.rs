@@ -15,7 +15,7 @@ use aya::programs::{TestRun as _, TestRunOptions};
 use fairlead::{
     image::Image,
     kernel::{
-        Kernel, Options, SocketLb,
+        Kernel, Mark, Options, SocketLb,
         cleanup::cleanup,
         folder,
         maps::Capacity,
@@ -85,7 +85,14 @@ impl Loaded {
         assert_eq!(pipeline.problems(), []);
 
         let bpffs = dir.path().join("bpffs");
-        let options = Options { bpffs: bpffs.clone(), socket_lb: SocketLb::Off, flows: 65_536, ..Options::default() };
+        let options = Options {
+            bpffs: bpffs.clone(),
+            socket_lb: SocketLb::Off,
+            flows: 65_536,
+            // As the host's half, which always remembers who is a client outside.
+            reply_mark: Mark { value: 0x80, mask: 0x80 },
+            ..Options::default()
+        };
         let mut kernel = Kernel::open(options.clone()).unwrap();
         kernel.apply(&writes).unwrap();
         drop(kernel);

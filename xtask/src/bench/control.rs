@@ -1,8 +1,10 @@
-//! `cargo xtask bench control`: what many Services cost Fairlead, and kube-proxy in both modes. In: sizes. Out: a table as Markdown. All
-//! are fed by the same server, ask for the same objects, and are looked at from the same pod: by its connections.
+//! `cargo xtask bench control`: what many Services cost Fairlead, and kube-proxy in both modes. In: sizes. Out: tables as Markdown. All
+//! are fed by the same server, ask for the same objects, and are looked at from the same pod: by its connections. What only Fairlead can
+//! tell, its writes, is a table of its own.
 
 use std::fs;
 use std::net::{IpAddr, SocketAddr};
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::str::FromStr;
 use std::thread;
@@ -11,6 +13,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, ensure};
 use clap::Args;
 use serde_json::{Value, json};
+use tests::bpf::PinnedMap;
 use tests::control_plane::parts;
 use tests::kube_proxy::CLUSTER_CIDR;
 use tests::manifest::Service;
@@ -26,6 +29,10 @@ use crate::workspace;
 const TARGET: u16 = 8080;
 /// Longer than kube-proxy's default for the time between two syncs, so that no change waits for the one before.
 const PAUSE: Duration = Duration::from_millis(1200);
+/// Fairlead waits for nothing; so long everything that a change leads to takes at most.
+const SHORT_PAUSE: Duration = Duration::from_millis(50);
+/// How long a connection is waited for before another is tried: while nothing answers, it is what a start is measured by.
+const TRY: Duration = Duration::from_millis(20);
 
 /// What to measure.
 #[derive(Args)]
@@ -36,11 +43,14 @@ pub struct Options {
     /// How often everything is measured, one after the other
     #[arg(long, default_value_t = 1)]
     rounds: u32,
-    /// How many changes of an endpoint are measured in each
+    /// How many changes of an endpoint are measured in each by connections
     #[arg(long, default_value_t = 15)]
     changes: usize,
+    /// How many changes are measured by looking at Fairlead's table of frontends
+    #[arg(long, default_value_t = 300)]
+    writes: usize,
     /// After how many seconds a start is given up
-    #[arg(long, default_value_t = 180)]
+    #[arg(long, default_value_t = 120)]
     patience: u64,
 }
 
@@ -102,10 +112,21 @@ impl Running {
 struct Measured {
     /// From the start of the process until the first, the middle and the last Service answer.
     start: Option<Duration>,
-    /// A second later, and at most.
+    /// At the end, and at most.
     memory: (u64, u64),
     /// From an event being sent to a connection that reaches the new endpoint, in order.
     changes: Vec<Duration>,
+    /// What only Fairlead can tell.
+    writes: Option<Writes>,
+}
+
+/// How changes are written.
+struct Writes {
+    /// From an event being sent to the table of frontends being another, in order.
+    times: Vec<Duration>,
+    /// bpf(2) calls and entries of all of them.
+    calls: u64,
+    entries: u64,
 }
 
 /// The subcommand.
@@ -120,15 +141,31 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     println!("On {}, Linux {}.\n", processor(), release()?);
     println!("| Services × endpoints | | start to effective | memory, at most | a change: median | slowest |");
     println!("|---|---|---|---|---|---|");
+    let mut writes = Vec::new();
     for _ in 0..options.rounds {
         for size in &options.sizes {
             for proxy in PROXIES {
                 let measured = measure(options, *size, proxy).with_context(|| proxy.name())?;
                 println!("{}", row(options, *size, proxy, &measured));
+                writes.extend(measured.writes.map(|writes| (*size, writes)));
             }
         }
     }
+    println!(
+        "\n| Services × endpoints | an event to Fairlead's table: median | 9 of 10 within | slowest | bpf(2) calls | entries |"
+    );
+    println!("|---|---|---|---|---|---|");
+    for (Size { services, endpoints }, writes) in &writes {
+        let count = writes.times.len();
+        let [median, most, slowest] = [count / 2, count * 9 / 10, count - 1].map(|at| milliseconds(&writes.times[at]));
+        let [calls, entries] = [writes.calls, writes.entries].map(|number| number as f64 / count as f64);
+        println!("| {services} × {endpoints} | {median} | {most} | {slowest} | {calls:.1} | {entries:.1} |");
+    }
     Ok(ExitCode::SUCCESS)
+}
+
+fn milliseconds(duration: &Duration) -> String {
+    format!("{:.2} ms", duration.as_secs_f32() * 1000.0)
 }
 
 fn row(options: &Options, size: Size, proxy: Proxy, measured: &Measured) -> String {
@@ -136,7 +173,6 @@ fn row(options: &Options, size: Size, proxy: Proxy, measured: &Measured) -> Stri
         Some(start) => format!("{:.2} s", start.as_secs_f32()),
         None => format!("not in {} s", options.patience),
     };
-    let milliseconds = |duration: &Duration| format!("{:.2} ms", duration.as_secs_f32() * 1000.0);
     let median = measured.changes.get(measured.changes.len() / 2).map_or("–".to_owned(), milliseconds);
     let slowest = measured.changes.last().map_or("–".to_owned(), milliseconds);
     let (now, most) = measured.memory;
@@ -156,7 +192,7 @@ fn measure(options: &Options, size: Size, proxy: Proxy) -> Result<Measured> {
         server.put(slice(size, service, ready));
     }
     let _servers = [1, 2].map(|pod| lab.serve(lab.pod(1, pod), TARGET));
-    let client = lab.client(lab.pod(1, 3)).with_timeout(Duration::from_millis(200));
+    let client = lab.client(lab.pod(1, 3)).with_timeout(TRY);
     let patience = Duration::from_secs(options.patience);
     let node = lab.node(1);
     let begin = Instant::now();
@@ -191,7 +227,66 @@ fn measure(options: &Options, size: Size, proxy: Proxy) -> Result<Measured> {
         changes.push(begin.elapsed());
     }
     changes.sort();
-    Ok(Measured { start, memory: running.memory()?, changes })
+    let writes = match &running {
+        Running::Fairlead(agent) if start.is_some() && options.writes > 0 => {
+            Some(measure_writes(options, size, &lab, &server, agent)?)
+        }
+        Running::Fairlead(_) | Running::KubeProxy(_) => None,
+    };
+    Ok(Measured { start, memory: running.memory()?, changes, writes })
+}
+
+/// Changes the endpoint of one Service again and again, and looks at its frontend in the kernel without a pause: it is the entry that
+/// switches packets over, and so the last that matters.
+fn measure_writes(options: &Options, size: Size, lab: &Lab, server: &WatchServer, agent: &Agent) -> Result<Writes> {
+    let service = size.services / 2;
+    let folders = [agent.bpffs().join("v1"), agent.bpffs().to_owned()];
+    let table =
+        folders.iter().find_map(|folder| find(folder, "FRONTENDS")).context("no table of frontends is pinned")?;
+    let table = PinnedMap::open(&table).context("opening the table of frontends")?;
+    let address = scale::cluster_ip(service).octets();
+    let keys = table.keys()?;
+    let key = keys.iter().find(|key| key.windows(4).any(|part| part == address)).context("no such frontend")?;
+    let count = || -> Result<[u64; 2]> {
+        let status = agent.cli_json(&["status"]);
+        let number = |name: &str| status["agent"][name].as_u64().with_context(|| format!("no number agent.{name}"));
+        Ok([number("bpfCalls")?, number("entriesWritten")?])
+    };
+    let (mut before, mut times) = ([0; 2], Vec::new());
+    for number in 0..=options.writes {
+        interrupt::check()?;
+        thread::sleep(SHORT_PAUSE);
+        if number == 1 {
+            before = count()?;
+        }
+        let pod = lab.pod(1, if number.is_multiple_of(2) { 2 } else { 1 });
+        let object = slice(size, service, Some(pod.v4.into()));
+        let old = table.get(key)?;
+        let begin = Instant::now();
+        server.put(object);
+        while table.get(key)? == old {
+            if begin.elapsed() > Duration::from_secs(5) {
+                // The first may be what is there already.
+                ensure!(number == 0, "the frontend of Service {service} stays as it is");
+                break;
+            }
+        }
+        if number > 0 {
+            times.push(begin.elapsed());
+        }
+    }
+    thread::sleep(SHORT_PAUSE);
+    let after = count()?;
+    times.sort();
+    Ok(Writes { times, calls: after[0] - before[0], entries: after[1] - before[1] })
+}
+
+/// The first file of this name in a folder and those below it.
+fn find(folder: &Path, name: &str) -> Option<PathBuf> {
+    let mut entries: Vec<PathBuf> = fs::read_dir(folder).ok()?.filter_map(|entry| Some(entry.ok()?.path())).collect();
+    entries.sort();
+    let own = entries.iter().find(|path| path.file_name().is_some_and(|own| own == name)).cloned();
+    own.or_else(|| entries.iter().rev().find_map(|path| find(path, name)))
 }
 
 /// Asks a Service until this pod answers.

@@ -97,7 +97,8 @@ impl Cluster {
     /// Replaces a manifest in one step.
     pub fn write(&self, file: &str, text: &str) -> Result<()> {
         let path = self.lab.manifests().path().join(file);
-        write_by_rename(&path, text).with_context(|| format!("writing {}", path.display()))
+        write_by_rename(&path, text).with_context(|| format!("writing {}", path.display()))?;
+        Ok(())
     }
 
     /// Removes a manifest.

@@ -1,0 +1,12 @@
+#![no_main]
+
+#[path = "../src/cluster.rs"]
+mod cluster;
+#[path = "../../lb-userspace/tests/shared/content.rs"]
+mod content;
+#[path = "../src/input.rs"]
+mod input;
+#[path = "../src/manifests.rs"]
+mod manifests;
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| manifests::run(bytes));
