@@ -195,6 +195,13 @@ impl Lab {
             .unwrap_or_else(|error| panic!("serving port {port} outside: {error:#}"))
     }
 
+    /// Takes a pod's device away and makes another, as a CNI does for a Pod that starts again. Pods are wired by veths of their own.
+    pub fn rewire(&self, pod: &Pod) -> Result<()> {
+        let node = self.nodes.iter().find(|node| node.name == pod.node).context("a pod is on a node")?;
+        node.netns.ip(&[format!("link delete {}", pod.host_device)])?;
+        wiring::wire_ptp(node, std::slice::from_ref(pod))
+    }
+
     /// Lets the switch find the nodes' Pods, as a control plane does that speaks to them. Otherwise it knows no way there.
     pub fn route_pods_from_switch(&self) -> Result<()> {
         wiring::route_pods_from_switch(self)

@@ -6,6 +6,7 @@
 pub mod agent;
 pub mod bpf;
 pub mod cgroup;
+pub mod chaos;
 pub mod cluster;
 pub mod command;
 pub mod control_plane;
@@ -21,6 +22,12 @@ pub mod scale;
 pub mod topology;
 pub mod traffic;
 pub mod tun;
+pub mod watch_server;
+
+/// Beside the tests of the plan and the tables, which are held against it too.
+#[path = "../../lb-userspace/tests/naive/specification.rs"]
+#[expect(clippy::unwrap_used, dead_code, reason = "it is a test's there, with all kinds of nodes")]
+mod specification;
 
 pub use self::agent::Agent;
 pub use self::control_plane::ControlPlane;
@@ -31,3 +38,4 @@ pub use self::netns::Netns;
 pub use self::topology::{Topology, Wiring};
 pub use self::traffic::client::{Answer, Client, Protocol};
 pub use self::traffic::server::Server;
+pub use self::watch_server::WatchServer;

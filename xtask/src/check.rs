@@ -3,7 +3,7 @@
 //! part of `cargo xtask test`: a kernel alone takes minutes.
 
 mod budget;
-mod change;
+pub mod change;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
@@ -13,6 +13,7 @@ use clap::Args;
 
 use crate::interrupt;
 use crate::kernels;
+use crate::loops;
 use crate::process;
 use crate::setup;
 use crate::stack::{self, Chain};
@@ -33,6 +34,16 @@ pub struct Options {
 /// Returns what is worth saying beside `ok`.
 type Check<'a> = Box<dyn Fn() -> Result<String> + 'a>;
 
+/// Returns what is worth saying beside `ok`.
+pub type CheckOfObject = fn() -> Result<String>;
+
+/// What the verifier of this machine's kernel doesn't say of the object, or says in words that nobody understands.
+pub const OF_THE_OBJECT: [(&str, CheckOfObject); 3] = [
+    ("no panic in the eBPF object", no_panics),
+    ("stack of the programs", stack_fits),
+    ("loops of the programs", loops_are_followed),
+];
+
 /// Runs all checks; the exit code is 0 if none found anything.
 pub fn run(options: &Options) -> Result<ExitCode> {
     interrupt::catch();
@@ -44,8 +55,9 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     } else if options.kernel.is_empty() {
         checks.push(("format".to_owned(), Box::new(format)));
         checks.push(("lints".to_owned(), Box::new(lints)));
-        checks.push(("no panic in the eBPF object".to_owned(), Box::new(no_panics)));
-        checks.push(("stack of the programs".to_owned(), Box::new(stack_fits)));
+        for (name, check) in OF_THE_OBJECT {
+            checks.push((name.to_owned(), Box::new(check)));
+        }
         if workspace::is_root() {
             checks.push(("verified instructions".to_owned(), Box::new(budget::check)));
             checks.push(("what a change costs".to_owned(), Box::new(change::check)));
@@ -114,6 +126,17 @@ fn stack_fits() -> Result<String> {
     let chain = functions.join(" > ");
     ensure!(bytes <= stack::LIMIT, "{bytes} bytes of {} as Linux 6.1 counts them: {chain}", stack::LIMIT);
     Ok(format!(" ({bytes} bytes of {} as Linux 6.1 counts them: {chain})", stack::LIMIT))
+}
+
+fn loops_are_followed() -> Result<String> {
+    workspace::build_agent()?;
+    let refused = loops::refused(&ask_llvm("llvm-objdump", &["--disassemble"], &object())?)?;
+    ensure!(
+        refused.is_empty(),
+        "Linux 6.1 refuses loops; see `cold_path` in lb_common::decide: {}",
+        refused.join(", ")
+    );
+    Ok(String::new())
 }
 
 fn ask_llvm(program: &str, arguments: &[&str], object: &Path) -> Result<String> {

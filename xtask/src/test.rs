@@ -11,6 +11,7 @@ use clap::Args;
 use serde_json::Value;
 use tests::residue;
 
+use crate::check;
 use crate::cluster;
 use crate::interrupt;
 use crate::process;
@@ -76,6 +77,7 @@ fn run_all(options: &Options, start: Instant) -> Result<ExitCode> {
         run_program(program, options.filter.as_deref(), &mut tally)?;
     }
     run_doc_tests(options, &mut tally)?;
+    look_at_object(options, &mut tally)?;
     look_for_residue(&mut tally)?;
 
     println!("\n{} test programs in {:.0} s, {} ignored", programs.len(), start.elapsed().as_secs_f32(), tally.ignored);
@@ -161,6 +163,27 @@ fn follow(name: &str, command: &mut Command, tally: &mut Tally) -> Result<()> {
     interrupt::check()?;
     if !status.success() && tally.failed == failed_before {
         tally.fail(format!("{name} ended with {status}"));
+    }
+    Ok(())
+}
+
+fn look_at_object(options: &Options, tally: &mut Tally) -> Result<()> {
+    if options.filter.is_some() || options.package.is_some() {
+        return Ok(());
+    }
+    interrupt::check()?;
+    println!("\n=== object");
+    for (name, check) in check::OF_THE_OBJECT {
+        match check() {
+            Ok(detail) => {
+                println!("test {} ... ok{detail}", name.replace(' ', "_"));
+                tally.passed += 1;
+            }
+            Err(error) => {
+                println!("{error:#}");
+                tally.fail(format!("object::{}", name.replace(' ', "_")));
+            }
+        }
     }
     Ok(())
 }

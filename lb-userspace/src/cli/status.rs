@@ -1,7 +1,7 @@
 //! `fairlead status`.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fmt::{self, Write as _},
     time::{SystemTime, UNIX_EPOCH},
 };
@@ -201,7 +201,7 @@ impl Status {
 /// The maps that can fill up. Every element of an array is there from the start: in two of them it counts what is in use.
 fn maps(fill: &[Fill], memory: &Memory) -> Vec<Map> {
     let used = |fill: &Fill| match fill.name {
-        "SLOTS" => Some(memory.slots.len() as u64),
+        "SLOTS" => Some(slots_in_use(memory)),
         "ENDPOINTS" => Some(memory.endpoints.values().filter(|endpoint| endpoint.flags != 0).count() as u64),
         "SETTINGS" | "FRONTEND_BITS" | "ENDPOINT_BITS" | "COUNTERS" | "ENTRIES" | "SOCKETS" => None,
         _ => Some(fill.used),
@@ -209,6 +209,13 @@ fn maps(fill: &[Fill], memory: &Memory) -> Vec<Map> {
     fill.iter()
         .filter_map(|fill| Some(Map { name: fill.name, used: used(fill)?, room: fill.room, evicted: fill.evicted }))
         .collect()
+}
+
+/// Slots that a frontend's range names. Those of ranges that are gone keep what they said until others take them.
+fn slots_in_use(memory: &Memory) -> u64 {
+    let ranges = memory.frontends.values().flat_map(|frontend| [frontend.internal, frontend.external]);
+    let ranges: BTreeSet<(u32, u32)> = ranges.map(|range| (range.offset, range.len)).collect();
+    ranges.into_iter().map(|(_, len)| u64::from(len)).sum()
 }
 
 impl Program {

@@ -3,7 +3,7 @@
 use anyhow::{Context, Result};
 
 use crate::command;
-use crate::lab::{Lab, Node};
+use crate::lab::{Lab, Node, Pod};
 use crate::netns::Netns;
 use crate::topology::{self, OUTSIDE_V4, OUTSIDE_V6, SWITCH_V4, SWITCH_V6, Wiring};
 
@@ -79,7 +79,7 @@ fn build_node(lab: &Lab, node: &Node) -> Result<()> {
     node.netns.ip(&lines)?;
     plug_into_switch(lab, port)?;
     match lab.topology().wiring {
-        Wiring::Ptp => wire_ptp(node)?,
+        Wiring::Ptp => wire_ptp(node, &node.pods)?,
         Wiring::Bridge { hairpin_mode, netfilter } => wire_bridge(node, hairpin_mode, netfilter)?,
     }
     if lab.topology().cni_rules {
@@ -112,9 +112,10 @@ fn routes_to_pods_of(node: &Node) -> [String; 2] {
     ]
 }
 
-fn wire_ptp(node: &Node) -> Result<()> {
+/// Wires pods of a node by a veth pair each.
+pub fn wire_ptp(node: &Node, pods: &[Pod]) -> Result<()> {
     let (gateway4, gateway6) = (topology::gateway_v4(node.number), topology::gateway_v6(node.number));
-    for pod in &node.pods {
+    for pod in pods {
         pod.netns.ip(&[
             "link set lo up".to_owned(),
             format!("link add eth0 type veth peer name {} netns {}", pod.host_device, node.netns.name()),
@@ -127,8 +128,7 @@ fn wire_ptp(node: &Node) -> Result<()> {
             format!("route add ::/0 via {gateway6} dev eth0"),
         ])?;
     }
-    let lines: Vec<String> = node
-        .pods
+    let lines: Vec<String> = pods
         .iter()
         .flat_map(|pod| {
             let device = &pod.host_device;
