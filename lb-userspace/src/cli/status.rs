@@ -198,7 +198,7 @@ impl Status {
     }
 }
 
-/// The maps that can fill up. Every element of an array is there from the start: in two of them it counts what is in use.
+/// The maps that can fill up. Every element of an array is there from the start: what counts in them is what is in use.
 fn maps(fill: &[Fill], memory: &Memory) -> Vec<Map> {
     let used = |fill: &Fill| match fill.name {
         "SLOTS" => Some(slots_in_use(memory)),
@@ -250,5 +250,28 @@ impl Program {
                 self.program
             )
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use lb_common::layout::{Endpoint, SERVICE_NAME_LEN};
+
+    use super::*;
+
+    #[test]
+    fn arrays_are_as_full_as_what_is_in_use() {
+        let endpoint = |flags| Endpoint { flags, ..Endpoint::default() };
+        let memory = Memory {
+            slots: [(0, 1), (1, 2), (2, 3)].into(),
+            endpoints: [(1, endpoint(1)), (2, endpoint(0))].into(),
+            services: [(7, [0; SERVICE_NAME_LEN]), (9, [0; SERVICE_NAME_LEN])].into(),
+            ..Memory::default()
+        };
+        let fill = ["SLOTS", "ENDPOINTS", "SERVICE_COUNTERS", "SETTINGS", "FRONTENDS"];
+        let fill = fill.map(|name| Fill { name, id: 1, used: 1024, room: 1024, evicted: None });
+        let status = Status::new(None, &memory, Vec::new(), &fill, &[]);
+        let used: Vec<_> = status.maps.iter().map(|map| (map.name, map.used)).collect();
+        assert_eq!(used, [("SLOTS", 3), ("ENDPOINTS", 1), ("SERVICE_COUNTERS", 2), ("FRONTENDS", 1024)]);
     }
 }
