@@ -107,8 +107,9 @@ fn compare(mode: &str) {
     let _agent = Agent::start_on_api_server(&lab, lab.node(1), &kubeconfig, &flags);
     let proxy = KubeProxy::start(&lab, lab.node(2), &plane, mode).unwrap();
 
-    // What is older than a proxy has no part in its latencies.
+    // What is older than a proxy has no part in its latencies, and when a Service was made is known in whole seconds.
     proxy.wait_written(lab.node(2), &["10.96.0.1"]).unwrap();
+    thread::sleep(Duration::from_secs(2));
 
     // The same for both: Services come, change and go, and so do Pods; one Service has endpoints, and none on either node.
     let api = plane.api();
