@@ -49,6 +49,13 @@ impl Agent {
         agent
     }
 
+    /// Starts an agent on an API server and waits for nothing.
+    pub fn spawn_on_api_server(lab: &Lab, node: &Node, kubeconfig: &Path, flags: &[&str]) -> Result<Self> {
+        let mut agent = Self::prepare(lab, node, ("--kubeconfig", kubeconfig), lab.cgroup(), flags)?;
+        agent.spawn()?;
+        Ok(agent)
+    }
+
     /// Starts an agent on an API server and waits until it is ready; also for processes in other cgroups than the lab's, as Pods' are.
     pub fn build(lab: &Lab, node: &Node, kubeconfig: &Path, flags: &[&str]) -> Result<Self> {
         let root = lab.cgroup().parent().context("a lab's cgroup is below the root")?;

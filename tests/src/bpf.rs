@@ -119,6 +119,8 @@ pub struct PinnedMap(OwnedFd);
 
 /// Longer than any key.
 const LONGEST_KEY: usize = 256;
+/// Longer than any value of a map that is no per-CPU map.
+const LONGEST_VALUE: usize = 1024;
 
 impl PinnedMap {
     /// Opens what is pinned at a path.
@@ -143,6 +145,19 @@ impl PinnedMap {
                 Err(error) if error.raw_os_error() == Some(libc::ENOENT) => return Ok(keys),
                 Err(error) => return Err(error),
             }
+        }
+    }
+
+    /// What is there under a key, or nothing.
+    pub fn get(&self, key: &[u8; LONGEST_KEY]) -> io::Result<Option<[u8; LONGEST_VALUE]>> {
+        const MAP_LOOKUP: i32 = 1;
+        let mut value = [0_u8; LONGEST_VALUE];
+        let attr = EMPTY.fd(0, &self.0).pointer(8, key.as_ptr()).pointer(16, value.as_mut_ptr());
+        // SAFETY: key and value have room for more than the map's, and live through the call.
+        match unsafe { attr.call(MAP_LOOKUP) } {
+            Ok(_) => Ok(Some(value)),
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(None),
+            Err(error) => Err(error),
         }
     }
 

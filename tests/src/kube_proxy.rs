@@ -1,8 +1,9 @@
-//! The real kube-proxy, to compare with. In: a lab's node, a control plane, a mode. Out: a process that serves the node until dropped;
+//! The real kube-proxy, to compare with. In: a lab's node, a kubeconfig, a mode. Out: a process that serves the node until dropped;
 //! its rules go with the node.
 
 use std::fs::{self, File};
 use std::os::unix::process::CommandExt;
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -10,7 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use serde_json::json;
 
-use crate::control_plane::{ControlPlane, parts};
+use crate::control_plane::parts;
 use crate::lab::{Lab, Node};
 
 /// The pods' networks, as `--cluster-cidr` takes them.
@@ -24,13 +25,13 @@ pub struct KubeProxy {
 
 impl KubeProxy {
     /// Starts it.
-    pub fn start(lab: &Lab, node: &Node, plane: &ControlPlane, mode: &str) -> Result<Self> {
+    pub fn start(lab: &Lab, node: &Node, kubeconfig: &Path, mode: &str) -> Result<Self> {
         let configuration = json!({
             "apiVersion": "kubeproxy.config.k8s.io/v1alpha1",
             "kind": "KubeProxyConfiguration",
             "mode": mode,
             "hostnameOverride": node.name,
-            "clientConnection": {"kubeconfig": plane.kubeconfig("proxy")},
+            "clientConnection": {"kubeconfig": kubeconfig},
             "clusterCIDR": CLUSTER_CIDR,
             "detectLocalMode": "ClusterCIDR",
             "oomScoreAdj": 0,

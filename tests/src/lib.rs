@@ -22,6 +22,7 @@ pub mod scale;
 pub mod topology;
 pub mod traffic;
 pub mod tun;
+pub mod watch_server;
 
 /// Beside the tests of the plan and the tables, which are held against it too.
 #[path = "../../lb-userspace/tests/naive/specification.rs"]
@@ -37,3 +38,4 @@ pub use self::netns::Netns;
 pub use self::topology::{Topology, Wiring};
 pub use self::traffic::client::{Answer, Client, Protocol};
 pub use self::traffic::server::Server;
+pub use self::watch_server::WatchServer;

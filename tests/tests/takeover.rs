@@ -231,7 +231,8 @@ fn there_and_back(mode: &str) {
     let addresses: Vec<&str> = addresses.iter().flatten().map(String::as_str).collect();
     let ways = ways(&lab);
 
-    let first = KubeProxy::start(&lab, node, &plane, mode).unwrap();
+    let kubeconfig = plane.kubeconfig("proxy");
+    let first = KubeProxy::start(&lab, node, &kubeconfig, mode).unwrap();
     first.wait_written(node, &addresses).unwrap();
     let mut of_kube_proxy = open_all(&ways);
     assert_eq!(of_kube_proxy.len(), 200);
@@ -240,7 +241,7 @@ fn there_and_back(mode: &str) {
     let proxy_mode = format!("--proxy-mode={mode}");
     let cidr = format!("--cluster-cidr={CLUSTER_CIDR}");
     let flags = [&*proxy_mode, &*cidr, "--detect-local-mode=ClusterCIDR"];
-    let mut agent = Agent::start_on_api_server(&lab, node, &plane.kubeconfig("proxy"), &flags);
+    let mut agent = Agent::start_on_api_server(&lab, node, &kubeconfig, &flags);
     let start = Instant::now();
     while addresses.iter().any(|address| kube_proxy::rules(node).unwrap().contains(address)) {
         assert!(start.elapsed() < Duration::from_secs(10), "kube-proxy's rules are still there");
@@ -250,7 +251,7 @@ fn there_and_back(mode: &str) {
     let mut of_fairlead = open_all(&ways);
 
     agent.terminate();
-    let second = KubeProxy::start(&lab, node, &plane, mode).unwrap();
+    let second = KubeProxy::start(&lab, node, &kubeconfig, mode).unwrap();
     second.wait_written(node, &addresses).unwrap();
     assert_eq!(broken(&mut of_fairlead), BTreeMap::new(), "Fairlead's, while its data plane is there");
     assert_eq!(broken(&mut of_kube_proxy), BTreeMap::new(), "kube-proxy's, while Fairlead's data plane is there");

@@ -3,7 +3,7 @@
 //! part of `cargo xtask test`: a kernel alone takes minutes.
 
 mod budget;
-mod change;
+pub mod change;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};

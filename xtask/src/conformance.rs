@@ -172,7 +172,7 @@ fn start_proxies(lab: &Lab, plane: &ControlPlane, proxy: Proxy, mode: Mode) -> R
     for node in &lab.nodes {
         running.push(match proxy {
             Proxy::Fairlead => Box::new(Agent::build(lab, node, &kubeconfig, &flags)?),
-            Proxy::KubeProxy => Box::new(KubeProxy::start(lab, node, plane, mode.name())?),
+            Proxy::KubeProxy => Box::new(KubeProxy::start(lab, node, &kubeconfig, mode.name())?),
         });
     }
     Ok(running)

@@ -1,11 +1,13 @@
 //! Set-up, demonstration, tests and checks of the project: one file a subcommand, here only their names.
 
+mod bench;
 mod chaos;
 mod check;
 mod cluster;
 mod conformance;
 mod demo;
 mod fuzz;
+mod image;
 mod interrupt;
 mod kernels;
 mod loops;
@@ -36,6 +38,11 @@ enum Task {
     Test(test::Options),
     /// Check format, lints, the eBPF object and what is counted (root), or with --kernel the agent on other kernels
     Check(check::Options),
+    /// Fairlead beside the real kube-proxy on this machine (root; minutes)
+    #[command(subcommand)]
+    Bench(bench::Bench),
+    /// The static binary and the folder that a container's image is built from
+    Image(image::Options),
     /// Let things happen at random to a cluster, and see that none of it is noticed (root; ten minutes)
     Chaos(chaos::Options),
     /// Look for inputs that make what reads packets, manifests or pinned maps fail, with libFuzzer
@@ -58,6 +65,8 @@ fn main() -> ExitCode {
         Task::Demo(options) => demo::run(&options),
         Task::Test(options) => test::run(&options),
         Task::Check(options) => check::run(&options),
+        Task::Bench(bench) => bench::run(&bench),
+        Task::Image(options) => image::run(&options),
         Task::Chaos(options) => chaos::run(&options),
         Task::Fuzz(options) => fuzz::run(&options),
         Task::Cluster(options) => cluster::run(&options),

@@ -154,19 +154,21 @@ impl std::fmt::Display for Cost {
 }
 
 /// A line of `/proc/PID/status` that is in KiB.
-fn mebibytes(status: &str, name: &str) -> u64 {
+pub fn mebibytes(status: &str, name: &str) -> u64 {
     let line = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
     line.and_then(|rest| rest.split_whitespace().next()?.parse::<u64>().ok()).unwrap_or(0) / 1024
 }
 
-fn processor() -> String {
+/// The machine's processors.
+pub fn processor() -> String {
     let text = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let model = text.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": "));
     let count = thread::available_parallelism().map_or(1, usize::from);
     format!("{count} × {}", model.map_or("a processor without a name", |(_, name)| name))
 }
 
-fn release() -> Result<String> {
+/// The kernel's release.
+pub fn release() -> Result<String> {
     Ok(fs::read_to_string("/proc/sys/kernel/osrelease").context("reading the kernel's release")?.trim().to_owned())
 }
 
