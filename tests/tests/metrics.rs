@@ -105,7 +105,7 @@ fn compare(mode: &str) {
     let (mode_flag, cidr) = (format!("--proxy-mode={mode}"), format!("--cluster-cidr={CLUSTER_CIDR}"));
     let flags = [&*mode_flag, &*cidr, "--detect-local-mode=ClusterCIDR"];
     let _agent = Agent::start_on_api_server(&lab, lab.node(1), &kubeconfig, &flags);
-    let proxy = KubeProxy::start(&lab, lab.node(2), &plane, mode).unwrap();
+    let proxy = KubeProxy::start(&lab, lab.node(2), &kubeconfig, mode).unwrap();
 
     // What is older than a proxy has no part in its latencies, and when a Service was made is known in whole seconds.
     proxy.wait_written(lab.node(2), &["10.96.0.1"]).unwrap();
