@@ -67,7 +67,7 @@ fn folder(case: &Case, mode: &str) -> tempfile::TempDir {
 
 #[test]
 fn the_process_says_what_kube_proxy_does() {
-    let cases = cases::all();
+    let cases: Vec<Case> = cases::all().into_iter().chain(cases::with_other_node_ports()).collect();
     for mode in ["iptables", "nftables"] {
         let (mut rows, mut agreeing) = (0, 0);
         for case in cases.iter().filter(|case| case.applies_to.iter().any(|it| it == mode)) {
@@ -95,7 +95,7 @@ fn the_process_says_what_kube_proxy_does() {
                 }
             }
         }
-        println!("{mode}: {agreeing} of {rows} rows agree");
+        println!("{mode}, by explain: {agreeing} of {rows} rows agree");
         assert_eq!(agreeing, rows);
     }
 }

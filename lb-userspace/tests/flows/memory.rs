@@ -158,19 +158,34 @@ fn ready_endpoints_of_this_node_are_counted() {
 }
 
 #[test]
-fn health_checks_are_told_how_many_endpoints_are_here() {
-    let mut counted = 0;
+fn health_checks_listen_at_their_ports_and_are_told_how_many_endpoints_are_here() {
+    let mut counted = [0; 3];
     for case in cases::all().iter().filter(|case| case.state["healthCheckNodePorts"].is_object()) {
-        let pipeline = from_scratch(case, case.applies_to[0].as_str());
-        for (name, check) in case.state["healthCheckNodePorts"].as_object().into_iter().flatten() {
-            let (namespace, name) = name.split_once('/').unwrap();
-            let plan = pipeline.plan(&ObjectName::new(namespace, name));
-            let found = plan.map_or(0, |plan| plan.local_ready);
-            assert_eq!(found as u64, check["localEndpoints"], "{} {name}", case.id);
+        let wanted = case.state["healthCheckNodePorts"].as_object().unwrap();
+        for mode in &case.applies_to {
+            let mut pipeline = from_scratch(case, mode);
+            let told = pipeline.changed_health_checks();
+            for name in services(case) {
+                let found = pipeline.plan(&name).and_then(|plan| plan.health_check);
+                assert_eq!(told.get(&name).copied().flatten(), found, "{} {name}: as changes came", case.id);
+                // A count for each family that the Service has: the cases have one.
+                let found = found.map(|check| {
+                    let counts: Vec<usize> = [check.v4, check.v6].into_iter().flatten().collect();
+                    (u64::from(check.port), counts.iter().map(|count| *count as u64).collect::<Vec<_>>())
+                });
+                let want = wanted
+                    .get(&name.to_string())
+                    .map(|check| (check["port"].as_u64().unwrap(), vec![check["localEndpoints"].as_u64().unwrap()]));
+                assert_eq!(found, want, "{mode} {} {name}", case.id);
+                counted[1] += usize::from(want.is_some());
+            }
+            let strangers = wanted.keys().filter(|name| !services(case).any(|it| it.to_string() == **name));
+            assert_eq!(strangers.count(), 0, "{}", case.id);
+            counted[2] += 1;
         }
-        counted += 1;
+        counted[0] += 1;
     }
-    assert_eq!(counted, 15);
+    assert_eq!(counted, [15, 27, 28], "cases, health checks, cases in each of their modes");
 }
 
 #[test]

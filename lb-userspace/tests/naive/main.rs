@@ -3,6 +3,7 @@
 
 #![cfg(test)]
 
+mod clients;
 #[path = "../shared/content.rs"]
 mod content;
 #[path = "../shared/objects.rs"]
@@ -15,6 +16,7 @@ use std::{
     net::{IpAddr, SocketAddr},
 };
 
+use clients::{Clients, Remembered};
 use content::Content;
 use fairlead::{
     image::{FLOW_LIFE, Image},
@@ -23,9 +25,10 @@ use fairlead::{
     plan::node::{LocalDetector, NodeOptions, ProxyMode},
 };
 use lb_common::{
-    addr::Port,
+    addr::{Addr, Port},
+    affinity::{AffinityKey, namespace_client},
     decide::{Class, Decision, Question, classify, decide},
-    layout::{Device, device_flags, protocol},
+    layout::{Device, Endpoint, device_flags, protocol},
     memory::Memory,
 };
 use proptest::{collection::vec, prelude::*, test_runner::FileFailurePersistence};
@@ -35,6 +38,15 @@ use world::{CLUSTER_IPS, EXTERNAL_IPS, NODE_IPS, OUTSIDE, OWN_NODE, Op, POD_IPS,
 
 /// Devices of the node, by ifindex.
 const INTERFACES: [(u32, &str); 3] = [(1, "eth0"), (2, "cni0"), (3, "veth1")];
+
+/// One of so many packets begins a connection in each step.
+const CONNECTS: usize = 11;
+
+/// Seconds ago that a client may have connected, around the timeouts of [`world`].
+const AGES: [u64; 7] = [0, 2, 4, 10_799, 10_800, 86_399, 86_400];
+
+/// The second in which worlds begin: nobody connected before the clock did.
+const START: u64 = 100_000;
 
 fn options(node: &Node) -> NodeOptions {
     NodeOptions {
@@ -85,6 +97,7 @@ struct World {
     objects: BTreeMap<(Kind, ObjectName), Value>,
     pipeline: Pipeline,
     kernel: Memory,
+    clients: Remembered,
     now: u64,
 }
 
@@ -93,10 +106,12 @@ impl World {
         let mut pipeline = pipeline(&node, Image::default());
         pipeline.compile(0);
         let kernel = pipeline.image().memory().clone();
-        Self { node, objects: BTreeMap::new(), pipeline, kernel, now: 0 }
+        Self { node, objects: BTreeMap::new(), pipeline, kernel, clients: Remembered::default(), now: START }
     }
 
+    /// Every step takes a second, so that ids are used again soon.
     fn step(&mut self, ops: &[Op]) {
+        self.now += 1;
         let mut interner = Interner::default();
         for op in ops {
             match op {
@@ -163,9 +178,8 @@ fn packets() -> impl Iterator<Item = Packet> {
     })
 }
 
-/// What the tables do with a packet, every endpoint of the range tried.
-fn fate(memory: &Memory, packet: &Packet) -> Fate {
-    let question = Question {
+fn question(packet: &Packet) -> Question {
+    Question {
         src: packet.from.into(),
         dst: packet.to.into(),
         dport: Port::new(packet.port),
@@ -176,22 +190,34 @@ fn fate(memory: &Memory, packet: &Packet) -> Fate {
         },
         from_node: packet.from_node,
         device: INTERFACES.iter().find(|(_, name)| *name == packet.interface).map_or(0, |(ifindex, _)| *ifindex),
-    };
-    match classify(&question, memory) {
+    }
+}
+
+/// Whose packet it is, to the programs.
+fn client(packet: &Packet) -> Addr {
+    let src = packet.from.into();
+    if packet.from_node { namespace_client(&src, 0) } else { src }
+}
+
+/// What the tables do with a packet, every endpoint of the range tried.
+fn fate(tables: &Clients<'_>, packet: &Packet) -> Fate {
+    let question = question(packet);
+    match classify(&question, tables) {
         Class::Pass(_) => Fate::Pass,
         Class::Reject(_) => Fate::Reject,
         Class::Drop(_) => Fate::Drop,
         Class::Forward(forward) => {
-            let chosen = (0..forward.range.len).map(|hash| match decide(&question, &question.src, hash, memory) {
-                Decision::Forward(choice) => {
-                    let addr = SocketAddr::new(IpAddr::from(choice.endpoint.addr), choice.endpoint.port.number());
-                    (addr, choice.masquerade)
-                }
+            let chosen = (0..forward.range.len).map(|hash| match decide(&question, &client(packet), hash, tables) {
+                Decision::Forward(choice) => (socket(&choice.endpoint), choice.masquerade),
                 other @ (Decision::Reject(_) | Decision::Drop(_) | Decision::Pass(_)) => panic!("{other:?}"),
             });
             Fate::Forward(chosen.collect())
         }
     }
+}
+
+fn socket(endpoint: &Endpoint) -> SocketAddr {
+    SocketAddr::new(IpAddr::from(endpoint.addr), endpoint.port.number())
 }
 
 proptest! {
@@ -206,7 +232,7 @@ proptest! {
     fn whatever_happens_the_tables_say_what_the_specification_says(node in world::node(), steps in vec(world::ops(), 1..24)) {
         prop_assert!(90_000 > FLOW_LIFE, "some waits outlive bits");
         let mut world = World::new(node);
-        for ops in steps {
+        for (step, ops) in steps.into_iter().enumerate() {
             world.step(&ops);
             prop_assert!(&world.kernel == world.pipeline.image().memory(), "the writes are the whole change");
             let fresh = world.fresh();
@@ -216,10 +242,37 @@ proptest! {
                 prop_assert!(needed.iter().all(|bit| there.contains(&bit)));
             }
             let objects: Vec<Value> = world.objects.values().cloned().collect();
-            let cluster = Cluster { objects: &objects, node: &world.node };
-            for packet in packets() {
-                prop_assert_eq!(fate(&world.kernel, &packet), cluster.fate(&packet), "{:?}", packet);
+            let cluster = |clients| Cluster { objects: &objects, node: &world.node, clients, now: world.now };
+            let noted = cluster(&world.clients.noted).still_noted();
+            let specified = cluster(&noted);
+            let mut new = noted.clone();
+            let mut last = world.clients.last.clone();
+            let tables = Clients { tables: &world.kernel, last: &world.clients.last, ticks: Remembered::judged(world.now) };
+            for (number, packet) in packets().enumerate() {
+                prop_assert_eq!(fate(&tables, &packet), specified.fate(&packet), "{:?}", packet);
+                let key = specified.noted(&packet);
+                let Decision::Forward(choice) = decide(&question(&packet), &client(&packet), number as u32, &tables) else {
+                    continue;
+                };
+                prop_assert_eq!(choice.affinity, key.is_some(), "{:?}", packet);
+                let Some(key) = key else { continue };
+                let numbers = AffinityKey { client: client(&packet), service: choice.service };
+                // As long as none has connected in this step, a client is what it was before.
+                if (number + step).is_multiple_of(CONNECTS) {
+                    new.insert(key.clone(), (socket(&choice.endpoint), world.now));
+                    last.insert(numbers, Remembered::now(choice.id, &choice.endpoint, world.now));
+                }
+                // And if it had gone to one endpoint or another of the Service port, some time ago?
+                let own = world.kernel.endpoints.iter().filter(|(_, it)| it.flags != 0 && it.service == choice.service);
+                let own = own.filter(|(_, it)| it.addr.is_v4() == packet.to.is_ipv4());
+                for ((id, endpoint), then) in own.zip((step + number..).map(|turn| world.now - AGES[turn % AGES.len()])) {
+                    let noted = [(key.clone(), (socket(endpoint), then))].into();
+                    let last = [(numbers, Remembered::now(id, endpoint, then))].into();
+                    let tables = Clients { last: &last, ..tables };
+                    prop_assert_eq!(fate(&tables, &packet), Cluster { clients: &noted, ..specified }.fate(&packet), "{:?}: {:?}", packet, noted);
+                }
             }
+            world.clients = Remembered { noted: new, last };
         }
     }
 }

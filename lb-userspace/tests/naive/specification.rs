@@ -78,15 +78,22 @@ struct Endpoint {
     nodes: Vec<String>,
 }
 
+/// Which endpoint clients were given last, and when, by Service port and client (§6).
+pub type Clients = BTreeMap<(String, String), (SocketAddr, u64)>;
+
 /// The cluster, seen from a node.
+#[derive(Clone, Copy)]
 pub struct Cluster<'a> {
     pub objects: &'a [Value],
     pub node: &'a Node,
+    pub clients: &'a Clients,
+    /// Seconds.
+    pub now: u64,
 }
 
 impl Cluster<'_> {
-    /// What happens to a packet (§3).
-    pub fn fate(&self, packet: &Packet) -> Fate {
+    /// The Service port that a packet is sent to, and whether by an address of its own; else what happens to the packet (§3).
+    fn hit(&self, packet: &Packet) -> Result<(Port<'_>, bool), Fate> {
         let v4 = packet.to.is_ipv4();
         let ports = || self.ports(v4).filter(|it| it.port["protocol"].as_str().unwrap_or("TCP") == packet.protocol);
         let at_address = |it: &Port<'_>| {
@@ -95,21 +102,26 @@ impl Cluster<'_> {
         };
         let at_node = |it: &Port<'_>| it.port["nodePort"] == packet.port && packet.port != 0;
         // Step 2, and where several claim it, the oldest has it.
-        let addressed = ports().filter(at_address).min_by_key(claim);
-        let by_address = addressed.is_some();
-        let hit = match addressed {
-            Some(port) => port,
-            // Step 3.
-            None => match ports().filter(at_node).min_by_key(claim) {
-                Some(port) if self.has_node_ports(packet.to) => {
-                    // From outside, localhost is nobody's (§5).
-                    if packet.to.is_loopback() && !packet.from_node {
-                        return Fate::Pass;
-                    }
-                    port
-                }
-                Some(_) | None => return self.miss(packet.to),
-            },
+        if let Some(port) = ports().filter(at_address).min_by_key(claim) {
+            return Ok((port, true));
+        }
+        // Step 3.
+        match ports().filter(at_node).min_by_key(claim) {
+            // From outside, localhost is nobody's (§5).
+            Some(_) if self.has_node_ports(packet.to) && packet.to.is_loopback() && !packet.from_node => {
+                Err(Fate::Pass)
+            }
+            Some(port) if self.has_node_ports(packet.to) => Ok((port, false)),
+            Some(_) | None => Err(self.miss(packet.to)),
+        }
+    }
+
+    /// What happens to a packet (§3).
+    pub fn fate(&self, packet: &Packet) -> Fate {
+        let v4 = packet.to.is_ipv4();
+        let (hit, by_address) = match self.hit(packet) {
+            Ok(hit) => hit,
+            Err(fate) => return fate,
         };
         let internal = by_address && hit.cluster_ip == packet.to;
         // Ours: a ClusterIP that is the node's own address is the host's.
@@ -151,7 +163,37 @@ impl Cluster<'_> {
             let masquerade = masquerade && !(kept && endpoint.local) || endpoint.addr.ip() == packet.from;
             (endpoint.addr, masquerade)
         };
-        Fate::Forward(set.iter().map(seen).collect())
+        // A client stays where it went, if it could be sent there now.
+        let stay = self.stay(&hit, packet);
+        let stays = set.iter().any(|it| Some(it.addr) == stay);
+        Fate::Forward(set.iter().filter(|it| !stays || Some(it.addr) == stay).map(seen).collect())
+    }
+
+    /// The endpoint that a packet's sender was given by a Service port, while that counts (§6).
+    fn stay(&self, hit: &Port<'_>, packet: &Packet) -> Option<SocketAddr> {
+        let (addr, last) = self.clients.get(&(port_name(hit), client(packet)))?;
+        let spec = &hit.service["spec"];
+        let timeout = spec["sessionAffinityConfig"]["clientIP"]["timeoutSeconds"].as_u64().unwrap_or(10_800);
+        (spec["sessionAffinity"] == "ClientIP" && self.now - last < timeout).then_some(*addr)
+    }
+
+    /// Under what an endpoint is noted for a packet that begins a connection (§6), if it is.
+    pub fn noted(&self, packet: &Packet) -> Option<(String, String)> {
+        let (hit, _) = self.hit(packet).ok()?;
+        (hit.service["spec"]["sessionAffinity"] == "ClientIP").then(|| (port_name(&hit), client(packet)))
+    }
+
+    /// What is left of what was noted: with an endpoint its clients are forgotten (§6).
+    pub fn still_noted(&self) -> Clients {
+        let is_there = |name: &str, addr: &SocketAddr| {
+            let port = self.ports(true).chain(self.ports(false)).find(|port| port_name(port) == name);
+            port.is_some_and(|port| {
+                let all = self.endpoints(&port, addr.is_ipv4());
+                all.iter().any(|endpoint| endpoint.addr == *addr && (endpoint.ready || endpoint.serving))
+            })
+        };
+        let kept = self.clients.iter().filter(|((name, _), (addr, _))| is_there(name, addr));
+        kept.map(|(key, last)| (key.clone(), *last)).collect()
     }
 
     /// Step 4, as nftables mode has it.
@@ -383,6 +425,17 @@ impl Cluster<'_> {
             }
         }
     }
+}
+
+/// What tells Service ports from each other.
+fn port_name(port: &Port<'_>) -> String {
+    let [metadata, protocol] = [&port.service["metadata"], &port.port["protocol"]];
+    format!("{}/{}:{}/{protocol}", metadata["namespace"], metadata["name"], port.port["name"])
+}
+
+/// Whose packet it is: the node is one client in each family, whatever its addresses.
+fn client(packet: &Packet) -> String {
+    if packet.from_node { format!("node, IPv4: {}", packet.from.is_ipv4()) } else { packet.from.to_string() }
 }
 
 /// Who has a frontend that several claim: the smallest. Ours: objects without a time count as oldest.

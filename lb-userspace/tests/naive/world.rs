@@ -45,7 +45,7 @@ pub const PORTS: [(u16, &str); 10] = [
 
 /// The first more often, so that things meet.
 const NAMESPACES: [&str; 4] = ["a", "a", "a", "b"];
-const SERVICES: [&str; 3] = ["dns", "web", "x"];
+const SERVICES: [&str; 5] = ["dns", "web", "web", "web", "x"];
 const SLICES: [&str; 3] = ["one", "two", "zero"];
 const PODS: [&str; 3] = ["p1", "p2", "p3"];
 
@@ -80,8 +80,8 @@ pub fn ops() -> impl Strategy<Value = Vec<Op>> {
         1 => Just(Op::Remove("Node", "", OWN_NODE)),
         1 => Just(Op::Remove("ServiceCIDR", "", "kubernetes")),
         1 => interfaces().prop_map(Op::Interfaces),
-        2 => prop_oneof![0..5_u64, Just(90_000)].prop_map(Op::Wait),
-        1 => Just(Op::Restart),
+        2 => prop_oneof![2 => 0..5_u64, 1 => Just(15_000), 1 => Just(90_000)].prop_map(Op::Wait),
+        3 => Just(Op::Restart),
     ];
     vec(op, 1..4)
 }
@@ -142,7 +142,15 @@ fn service() -> impl Strategy<Value = Value> {
         [node_port(), node_port(), node_port()],
         select(vec![None, Some(json!(8080)), Some(json!("main"))]),
     );
-    let policies = (any::<[bool; 3]>(), option::of(select(&["2024", "2025", "2026"][..])));
+    let affinity = prop_oneof![
+        2 => Just(json!({})),
+        1 => Just(json!({ "sessionAffinity": "None", "sessionAffinityConfig": { "clientIP": { "timeoutSeconds": 3 } } })),
+        2 => Just(json!({ "sessionAffinity": "ClientIP" })),
+        3 => select(vec![1, 3, 86_400]).prop_map(|seconds| {
+            json!({ "sessionAffinity": "ClientIP", "sessionAffinityConfig": { "clientIP": { "timeoutSeconds": seconds } } })
+        }),
+    ];
+    let policies = (any::<[bool; 3]>(), option::of(select(&["2024", "2025", "2026"][..])), affinity);
     let what = prop_oneof![
         20 => Just(("LoadBalancer", None)),
         1 => Just(("ExternalName", None)),
@@ -151,7 +159,7 @@ fn service() -> impl Strategy<Value = Value> {
         1 => Just(("None", None)),
     ];
     (names, addresses, ports, policies, what, option::weighted(0.7, select(&["x", "y"][..]))).prop_map(
-        |((namespace, name), (families, ip, external, ingress, ranges), (ports, node_ports, target), (flags, age), (type_, label), app)| {
+        |((namespace, name), (families, ip, external, ingress, ranges), (ports, node_ports, target), (flags, age, affinity), (type_, label), app)| {
             let cluster_ips = by_family(&families, &CLUSTER_IPS, ip);
             let policy = |local: bool| if local { "Local" } else { "Cluster" };
             let ports: Vec<Value> = ports
@@ -171,7 +179,7 @@ fn service() -> impl Strategy<Value = Value> {
                 .map(|(ip, mode)| json!({ "ip": ip, "ipMode": mode }))
                 .collect();
             let headless = type_ == "None";
-            json!({
+            let mut service = json!({
                 "apiVersion": "v1",
                 "kind": "Service",
                 "metadata": {
@@ -194,7 +202,11 @@ fn service() -> impl Strategy<Value = Value> {
                     "selector": app.map(|app| json!({ "app": app })).unwrap_or_default(),
                 },
                 "status": { "loadBalancer": { "ingress": ingress } },
-            })
+            });
+            if let (Some(spec), Value::Object(fields)) = (service["spec"].as_object_mut(), affinity) {
+                spec.extend(fields);
+            }
+            service
         },
     )
 }
@@ -202,7 +214,7 @@ fn service() -> impl Strategy<Value = Value> {
 /// `ready`, `serving`, `terminating`: in every combination, those that matter more often.
 fn conditions() -> impl Strategy<Value = (Option<bool>, Option<bool>, Option<bool>)> {
     prop_oneof![
-        4 => Just((None, None, None)),
+        9 => Just((None, None, None)),
         4 => Just((Some(false), Some(true), Some(true))),
         2 => Just((Some(false), Some(true), None)),
         1 => Just((Some(false), None, Some(true))),
@@ -230,7 +242,7 @@ fn slice() -> impl Strategy<Value = Value> {
         1..=4,
     );
     let families = prop_oneof![6 => Just("IPv4"), 4 => Just("IPv6"), 1 => Just("FQDN")];
-    (names, families, vec(endpoint, 0..4), ports, prop::bool::weighted(0.05)).prop_map(
+    (names, families, vec(endpoint, 0..7), ports, prop::bool::weighted(0.05)).prop_map(
         |((namespace, name, service), family, endpoints, ports, headless)| {
             let endpoints: Vec<Value> = endpoints
                 .iter()

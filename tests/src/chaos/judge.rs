@@ -12,7 +12,7 @@ use super::World;
 use crate::agent::Agent;
 use crate::kube_proxy::CLUSTER_CIDR;
 use crate::lab::{Lab, Node};
-use crate::specification::{Cluster, Detector, Fate, Node as Seen, Packet};
+use crate::specification::{Clients, Cluster, Detector, Fate, Node as Seen, Packet};
 use crate::topology::{OUTSIDE_V4, OUTSIDE_V6};
 
 /// What came of comparing.
@@ -32,7 +32,8 @@ pub fn compare(world: &World) -> Result<Judgement> {
     let mut judgement = Judgement::default();
     for (node, agent) in world.lab.nodes.iter().zip(&world.agents) {
         let seen = seen(node)?;
-        let cluster = Cluster { objects: &objects, node: &seen };
+        // `explain` lists all that may be chosen, whatever is remembered of the client.
+        let cluster = Cluster { objects: &objects, node: &seen, clients: &Clients::default(), now: 0 };
         let packets = packets(&world.lab, node, &objects);
         let answers = explain(agent, &packets)?;
         for (packet, answer) in packets.iter().zip(&answers) {
