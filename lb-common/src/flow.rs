@@ -155,7 +155,11 @@ pub const IDLE_TCP_HALF_CLOSED: u32 = 3600;
 /// The same, once both sides have, or one has reset it.
 pub const IDLE_TCP_CLOSED: u32 = 60;
 /// The other entries of a connection are looked after when this many seconds have passed, a power of two.
-pub const CARE_INTERVAL: u32 = 8;
+pub const CARE_INTERVAL: u32 = 2;
+
+/// Seconds of silence after which a UDP flow lends its masqueraded port to a flow that finds no free one. Entries are looked after
+/// every [`CARE_INTERVAL`].
+pub const SILENT_UDP: u32 = CARE_INTERVAL + 2;
 
 impl Flow {
     /// No connection.
@@ -196,6 +200,18 @@ impl Flow {
         };
         // Another CPU may have seen a packet a moment after `now`.
         now.wrapping_sub(self.seen).cast_signed() > limit.cast_signed()
+    }
+
+    /// Whether its masqueraded port may go to another connection that finds no free one: it is closed, or UDP that has been silent for
+    /// some time. If it goes on, it gets another port.
+    #[must_use]
+    #[inline(always)]
+    pub const fn lends_port(&self, proto: u8, now: u32) -> bool {
+        match proto {
+            protocol::TCP => self.is_closed(),
+            protocol::UDP => now.wrapping_sub(self.seen).cast_signed() > SILENT_UDP.cast_signed(),
+            _ => false,
+        }
     }
 
     /// Whether two entries are of one connection: the same client end may have been sent to another endpoint meanwhile.

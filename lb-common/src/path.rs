@@ -13,6 +13,7 @@ pub use self::{
     ingress::{answers_outside, ingress},
 };
 use crate::{
+    addr::Port,
     decide::Question,
     flow::{CARE_INTERVAL, Flow, FlowKey, FragmentKey, state, tcp_flags},
     layout::protocol,
@@ -141,22 +142,38 @@ fn care<S: State>(key: &FlowKey, now: u32, flow: &mut Flow, state: &mut S) {
     flow.seen = now;
     keep(&flow.request_key(key.proto), flow, state);
     keep(&flow.forwarded_key(key.proto), flow, state);
-    if flow.node_port.be != 0 {
-        keep(&flow.masqueraded_key(key.proto), flow, state);
+    if flow.node_port.be != 0 && !keep(&flow.masqueraded_key(key.proto), flow, state) {
+        // It was silent, and its port was wanted by another connection: it gets one anew.
+        flow.node_port = Port::ZERO;
+        note_port(key.proto, flow, state);
     }
 }
 
+/// False: another connection has this key.
 #[inline(never)]
-fn keep<S: State>(key: &FlowKey, flow: &Flow, state: &mut S) {
+fn keep<S: State>(key: &FlowKey, flow: &Flow, state: &mut S) -> bool {
     if let Some(other) = state.flow(key) {
-        if other.goes_with(flow) {
+        let is_ours = other.goes_with(flow) && other.client.same(&flow.client);
+        if is_ours {
             other.seen = flow.seen;
         }
-        return;
+        return is_ours;
     }
     state.insert_flow(key, flow);
     if flow.state & state::REPLIED != 0 {
         state.confirm_flow(key, flow);
+    }
+    true
+}
+
+/// Tells the entries that requests meet which port of the node the connection has.
+#[inline(always)]
+fn note_port<S: State>(proto: u8, taken: &Flow, state: &mut S) {
+    if let Some(flow) = state.flow(&taken.forwarded_key(proto)) {
+        (flow.node, flow.node_port) = (taken.node, taken.node_port);
+    }
+    if let Some(flow) = state.flow(&taken.request_key(proto)) {
+        (flow.node, flow.node_port) = (taken.node, taken.node_port);
     }
 }
 

@@ -13,8 +13,10 @@ use anyhow::{Context, Result, anyhow, bail};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
+use crate::control_plane::PORT;
 use crate::lab::{Lab, Node};
 use crate::netns::Netns;
+use crate::topology::SWITCH_V4;
 
 /// How much of a log is shown when a test fails.
 const SHOWN_LOG: usize = 60;
@@ -27,6 +29,7 @@ pub struct Agent {
     netns: Netns,
     bpffs: PathBuf,
     arguments: Vec<String>,
+    account: Option<PathBuf>,
     log: PathBuf,
     log_start: u64,
     child: Option<Child>,
@@ -43,7 +46,7 @@ impl Agent {
 
     /// Starts an agent on an API server and waits until it is ready.
     pub fn start_on_api_server(lab: &Lab, node: &Node, kubeconfig: &Path, flags: &[&str]) -> Self {
-        let mut agent = Self::prepare(lab, node, ("--kubeconfig", kubeconfig), lab.cgroup(), flags)
+        let mut agent = Self::prepare(lab, node, Some(("--kubeconfig", kubeconfig)), lab.cgroup(), flags)
             .unwrap_or_else(|error| panic!("preparing the agent of {}: {error:#}", node.name));
         agent.restart();
         agent
@@ -51,7 +54,7 @@ impl Agent {
 
     /// Starts an agent on an API server and waits for nothing.
     pub fn spawn_on_api_server(lab: &Lab, node: &Node, kubeconfig: &Path, flags: &[&str]) -> Result<Self> {
-        let mut agent = Self::prepare(lab, node, ("--kubeconfig", kubeconfig), lab.cgroup(), flags)?;
+        let mut agent = Self::prepare(lab, node, Some(("--kubeconfig", kubeconfig)), lab.cgroup(), flags)?;
         agent.spawn()?;
         Ok(agent)
     }
@@ -59,18 +62,28 @@ impl Agent {
     /// Starts an agent on an API server and waits until it is ready; also for processes in other cgroups than the lab's, as Pods' are.
     pub fn build(lab: &Lab, node: &Node, kubeconfig: &Path, flags: &[&str]) -> Result<Self> {
         let root = lab.cgroup().parent().context("a lab's cgroup is below the root")?;
-        let mut agent = Self::prepare(lab, node, ("--kubeconfig", kubeconfig), root, flags)?;
+        let mut agent = Self::prepare(lab, node, Some(("--kubeconfig", kubeconfig)), root, flags)?;
         agent.spawn()?;
         agent.wait_ready(Duration::from_secs(20))?;
         Ok(agent)
     }
 
-    /// Prepares an agent on a folder of manifests without starting it.
-    pub fn new(lab: &Lab, node: &Node, manifests: &Path, flags: &[&str]) -> Result<Self> {
-        Self::prepare(lab, node, ("--manifests", manifests), lab.cgroup(), flags)
+    /// Starts an agent as a pod's process that finds the API server by its environment and the files of a service account, which are in
+    /// the folder `account`, and waits until it is ready.
+    pub fn start_in_pod(lab: &Lab, node: &Node, account: &Path, flags: &[&str]) -> Self {
+        let mut agent = Self::prepare(lab, node, None, lab.cgroup(), flags)
+            .unwrap_or_else(|error| panic!("preparing the agent of {}: {error:#}", node.name));
+        agent.account = Some(account.to_owned());
+        agent.restart();
+        agent
     }
 
-    fn prepare(lab: &Lab, node: &Node, source: (&str, &Path), cgroup: &Path, flags: &[&str]) -> Result<Self> {
+    /// Prepares an agent on a folder of manifests without starting it.
+    pub fn new(lab: &Lab, node: &Node, manifests: &Path, flags: &[&str]) -> Result<Self> {
+        Self::prepare(lab, node, Some(("--manifests", manifests)), lab.cgroup(), flags)
+    }
+
+    fn prepare(lab: &Lab, node: &Node, source: Option<(&str, &Path)>, cgroup: &Path, flags: &[&str]) -> Result<Self> {
         let binary = match &lab.topology().binary {
             Some(path) => path.clone(),
             None => find_binary()?,
@@ -78,7 +91,7 @@ impl Agent {
         let bpffs = lab.bpffs(node);
         let text = |path: &Path| path.display().to_string();
         let mut arguments = vec!["run".to_owned()];
-        arguments.extend([source.0.to_owned(), text(source.1)]);
+        arguments.extend(source.into_iter().flat_map(|(flag, place)| [flag.to_owned(), text(place)]));
         arguments.extend(["--hostname-override".to_owned(), node.name.clone()]);
         arguments.extend(["--bpffs".to_owned(), text(&bpffs)]);
         arguments.extend(["--cgroup".to_owned(), text(cgroup)]);
@@ -92,6 +105,7 @@ impl Agent {
             netns: node.netns.clone(),
             bpffs,
             arguments,
+            account: None,
             log,
             log_start: 0,
             child: None,
@@ -112,7 +126,10 @@ impl Agent {
         }
         let log = File::options().create(true).append(true).open(&self.log).context("opening the agent's log")?;
         self.log_start = log.metadata()?.len();
-        let mut command = self.command();
+        let mut command = match &self.account {
+            None => self.command(),
+            Some(account) => self.command_of_pod(account)?,
+        };
         // A group of its own, so that Ctrl-C at the terminal is for us to act on.
         command.args(&self.arguments).stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log).process_group(0);
         self.child = Some(command.spawn().with_context(|| format!("starting {}", self.binary.display()))?);
@@ -199,6 +216,18 @@ impl Agent {
             .apply(&mut command)
             .unwrap_or_else(|error| panic!("opening namespace {}: {error}", self.netns.name()));
         command
+    }
+
+    /// The binary where a service account's files are where Pods have them, which only it sees.
+    fn command_of_pod(&self, account: &Path) -> Result<Command> {
+        let script = "mount -t tmpfs tmpfs /run && mkdir -p \"$SECRETS\" && mount --bind \"$ACCOUNT\" \"$SECRETS\" && exec \"$@\"";
+        let mut command = Command::new("unshare");
+        self.netns.apply(&mut command)?;
+        command.args(["--mount", "--propagation", "private", "sh", "-c", script, "sh"]).arg(&self.binary);
+        command.env("SECRETS", "/run/secrets/kubernetes.io/serviceaccount").env("ACCOUNT", account);
+        command.env("KUBERNETES_SERVICE_HOST", SWITCH_V4.to_string());
+        command.env("KUBERNETES_SERVICE_PORT", PORT.to_string());
+        Ok(command)
     }
 
     fn end(&mut self, signal: Signal) -> Result<ExitStatus> {

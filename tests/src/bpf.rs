@@ -119,8 +119,10 @@ pub struct PinnedMap(OwnedFd);
 
 /// Longer than any key.
 const LONGEST_KEY: usize = 256;
+/// A key, and what follows it.
+pub type Key = [u8; LONGEST_KEY];
 /// Longer than any value of a map that is no per-CPU map.
-const LONGEST_VALUE: usize = 1024;
+const LONGEST_VALUE: usize = 128;
 
 impl PinnedMap {
     /// Opens what is pinned at a path.
@@ -132,9 +134,9 @@ impl PinnedMap {
     }
 
     /// All keys, in no order.
-    pub fn keys(&self) -> io::Result<Vec<[u8; LONGEST_KEY]>> {
+    pub fn keys(&self) -> io::Result<Vec<Key>> {
         const MAP_GET_NEXT_KEY: i32 = 4;
-        let mut keys: Vec<[u8; LONGEST_KEY]> = Vec::new();
+        let mut keys: Vec<Key> = Vec::new();
         loop {
             let before = keys.last().map_or(std::ptr::null(), |key| key.as_ptr());
             let mut next = [0_u8; LONGEST_KEY];
@@ -149,7 +151,7 @@ impl PinnedMap {
     }
 
     /// What is there under a key, or nothing.
-    pub fn get(&self, key: &[u8; LONGEST_KEY]) -> io::Result<Option<[u8; LONGEST_VALUE]>> {
+    pub fn get(&self, key: &Key) -> io::Result<Option<[u8; LONGEST_VALUE]>> {
         const MAP_LOOKUP: i32 = 1;
         let mut value = [0_u8; LONGEST_VALUE];
         let attr = EMPTY.fd(0, &self.0).pointer(8, key.as_ptr()).pointer(16, value.as_mut_ptr());
@@ -162,7 +164,7 @@ impl PinnedMap {
     }
 
     /// Removes an entry.
-    pub fn remove(&self, key: &[u8; LONGEST_KEY]) -> io::Result<()> {
+    pub fn remove(&self, key: &Key) -> io::Result<()> {
         const MAP_DELETE: i32 = 3;
         // SAFETY: the key is longer than the map's, and lives through the call.
         unsafe { EMPTY.fd(0, &self.0).pointer(8, key.as_ptr()).call(MAP_DELETE) }.map(drop)

@@ -85,12 +85,17 @@ pub fn run(options: &Options, say: impl Fn(&str)) -> Result<Report> {
         }
         Ok((events.with_context(|| format!("seed {seed}"))?, asked))
     })?;
+    let failed = asked.failed.iter().take(5);
+    let failed: Vec<_> = failed.map(|(when, what)| format!("{what}{}", events.around(*when))).collect();
     ensure!(
         asked.failed.is_empty(),
-        "seed {seed}: of {} connections to endpoints that last, {}",
+        "seed {seed}: of {} questions to endpoints that last, {} failed:\n{}\n{}",
         asked.answered,
-        asked
+        asked.failed.len(),
+        failed.join("\n"),
+        world.dropped()
     );
+    let events = events.counts();
     say("all is quiet; every frontend is looked at");
     let judgement = world.until_settled().with_context(|| format!("seed {seed}: {events:?}"))?;
     events::remove_all(&world.plane.api());
@@ -98,7 +103,7 @@ pub fn run(options: &Options, say: impl Fn(&str)) -> Result<Report> {
     Ok(Report { events, answered: asked.answered, compared: judgement.compared, forwarded: judgement.forwarded })
 }
 
-fn happen(world: &mut World, options: &Options, say: &impl Fn(&str)) -> Result<Vec<(&'static str, u32)>> {
+fn happen(world: &mut World, options: &Options, say: &impl Fn(&str)) -> Result<Events> {
     let mut events = Events::new(options.seed);
     let start = Instant::now();
     let mut told = start;
@@ -110,7 +115,7 @@ fn happen(world: &mut World, options: &Options, say: &impl Fn(&str)) -> Result<V
         }
     }
     events.calm(world)?;
-    Ok(events.counts())
+    Ok(events)
 }
 
 impl World {
@@ -134,6 +139,12 @@ impl World {
         let world = Self { agents, _servers: servers, plane, lab };
         world.until_settled()?;
         Ok(world)
+    }
+
+    /// What each node did with packets, for who looks for a lost one.
+    fn dropped(&self) -> String {
+        let counts = self.agents.iter().map(|agent| agent.cli_json(&["status"])["packets"].to_string());
+        counts.collect::<Vec<_>>().join("\n")
     }
 
     /// Waits until every frontend of every node is as the model has it, and says what was compared.

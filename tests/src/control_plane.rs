@@ -104,7 +104,8 @@ impl ControlPlane {
         let binary = parts::ensure(&parts::KUBE)?;
         let folder = lab.folder().join("control-plane");
         fs::create_dir(&folder).with_context(|| format!("creating {}", folder.display()))?;
-        keys::make(&folder)?;
+        keys::make_authority(&folder)?;
+        keys::make_accounts(&folder)?;
         let mut tokens = String::new();
         for (token, user, groups) in USERS {
             tokens += &format!("{token},{user},{token},{groups}\n");
@@ -140,14 +141,19 @@ impl ControlPlane {
         self.folder.join(format!("{user}.kubeconfig"))
     }
 
-    /// The kubeconfig of a service account, which is there already.
-    pub fn kubeconfig_of_account(&self, namespace: &str, name: &str) -> Result<PathBuf> {
+    /// A token of a service account, which is there already.
+    pub fn token_of_account(&self, namespace: &str, name: &str) -> Result<String> {
         let path = format!("/api/v1/namespaces/{namespace}/serviceaccounts/{name}/token");
         let request = json!({"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": {}});
         let answer = self.api().create(&path, &request)?;
-        let token = answer["status"]["token"].as_str().context("a TokenRequest is answered by a token")?;
+        answer["status"]["token"].as_str().context("a TokenRequest is answered by a token").map(str::to_owned)
+    }
+
+    /// The kubeconfig of a service account, which is there already.
+    pub fn kubeconfig_of_account(&self, namespace: &str, name: &str) -> Result<PathBuf> {
+        let token = self.token_of_account(namespace, name)?;
         let file = self.folder.join(format!("{namespace}-{name}.kubeconfig"));
-        fs::write(&file, kubeconfig(&self.folder, token)).with_context(|| format!("writing {}", file.display()))?;
+        fs::write(&file, kubeconfig(&self.folder, &token)).with_context(|| format!("writing {}", file.display()))?;
         Ok(file)
     }
 
@@ -208,6 +214,25 @@ impl ControlPlane {
     /// Ends the API server at once, with every connection to it.
     pub fn kill_api_server(&mut self) {
         self.end("kube-apiserver");
+    }
+
+    /// The CA's certificate.
+    pub fn authority(&self) -> PathBuf {
+        self.folder.join("ca.crt")
+    }
+
+    /// Restarts the API server with another key for tokens of service accounts: those that it gave out are worth nothing any more.
+    pub fn revoke_tokens(&mut self) -> Result<()> {
+        self.kill_api_server();
+        keys::make_accounts(&self.folder)?;
+        self.start_api_server()
+    }
+
+    /// Restarts the API server with a certificate of another CA. The controllers, which know the old one, are lost.
+    pub fn replace_authority(&mut self) -> Result<()> {
+        self.kill_api_server();
+        keys::make_authority(&self.folder)?;
+        self.start_api_server()
     }
 
     /// Forgets all versions but the current one, as etcd does after five minutes.

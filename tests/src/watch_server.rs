@@ -8,7 +8,7 @@ use std::io::{self, BufRead, BufReader, Read as _, Write as _};
 use std::iter;
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -43,6 +43,9 @@ pub struct WatchServer {
 struct Shared {
     state: Mutex<State>,
     over: AtomicBool,
+    /// How many connections there were, and up to which they are mute.
+    connections: AtomicUsize,
+    mute: AtomicUsize,
 }
 
 #[derive(Debug, Default)]
@@ -88,6 +91,21 @@ impl WatchServer {
         &self.kubeconfig
     }
 
+    /// From now on nothing is sent on the connections that there are and on those that come, which stay open.
+    pub fn go_mute(&self) {
+        self.shared.mute.store(usize::MAX, Ordering::Relaxed);
+    }
+
+    /// Speaks again on connections that come; those that there are stay mute.
+    pub fn speak_again(&self) {
+        self.shared.mute.store(self.connections(), Ordering::Relaxed);
+    }
+
+    /// How many connections were made to it.
+    pub fn connections(&self) -> usize {
+        self.shared.connections.load(Ordering::Relaxed)
+    }
+
     /// Creates or replaces an object, and tells whoever watches.
     pub fn put(&self, object: impl Into<Value>) {
         self.shared.state().put(object.into());
@@ -108,6 +126,17 @@ impl Drop for WatchServer {
 impl Shared {
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits as long as nothing may be sent on a connection; says whether there will ever be.
+    fn may_speak(&self, connection: usize) -> bool {
+        while connection <= self.mute.load(Ordering::Relaxed) {
+            if self.is_over() {
+                return false;
+            }
+            thread::sleep(TICK);
+        }
+        true
     }
 
     fn is_over(&self) -> bool {
@@ -189,14 +218,15 @@ fn accept(listener: &TcpListener, shared: &Arc<Shared>) {
             Ok((stream, _)) => {
                 let shared = Arc::clone(shared);
                 // Whoever closes a connection ends its thread; nobody waits for either.
-                thread::spawn(move || serve(stream, &shared));
+                let number = shared.connections.fetch_add(1, Ordering::Relaxed) + 1;
+                thread::spawn(move || serve(stream, number, &shared));
             }
             Err(_) => thread::sleep(Duration::from_millis(2)),
         }
     }
 }
 
-fn serve(stream: TcpStream, shared: &Shared) -> io::Result<()> {
+fn serve(stream: TcpStream, number: usize, shared: &Shared) -> io::Result<()> {
     stream.set_nonblocking(false)?;
     stream.set_nodelay(true)?;
     let mut reader = BufReader::new(stream.try_clone()?);
@@ -219,6 +249,9 @@ fn serve(stream: TcpStream, shared: &Shared) -> io::Result<()> {
         });
         let mut body = vec![0; length.unwrap_or(0)];
         reader.read_exact(&mut body)?;
+        if !shared.may_speak(number) {
+            return Ok(());
+        }
         let mut words = head.first().map(String::as_str).unwrap_or_default().split(' ');
         let (method, target) = (words.next().unwrap_or_default(), words.next().unwrap_or_default());
         let (path, query) = target.split_once('?').unwrap_or((target, ""));
@@ -228,7 +261,7 @@ fn serve(stream: TcpStream, shared: &Shared) -> io::Result<()> {
             _ if method != "GET" => answer(&mut stream, 201, &body)?,
             Some((plural, kind, version)) if query.contains("watch=true") || query.contains("watch=1") => {
                 let (first, lines) = shared.state().watch(plural, kind, version, query);
-                return stream_lines(&mut stream, &first, &lines, shared);
+                return stream_lines(&mut stream, &first, &lines, (number, shared));
             }
             Some((plural, kind, version)) => {
                 let list = shared.state().list(plural, kind, version);
@@ -256,7 +289,12 @@ fn answer(stream: &mut TcpStream, code: u16, body: &[u8]) -> io::Result<()> {
     stream.write_all(body)
 }
 
-fn stream_lines(stream: &mut TcpStream, first: &str, lines: &Receiver<Arc<str>>, shared: &Shared) -> io::Result<()> {
+fn stream_lines(
+    stream: &mut TcpStream,
+    first: &str,
+    lines: &Receiver<Arc<str>>,
+    (number, shared): (usize, &Shared),
+) -> io::Result<()> {
     stream.write_all(b"HTTP/1.1 200 Answer\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n")?;
     let mut chunk = |text: &str| {
         if text.is_empty() { Ok(()) } else { stream.write_all(format!("{:x}\r\n{text}\r\n", text.len()).as_bytes()) }
@@ -264,6 +302,7 @@ fn stream_lines(stream: &mut TcpStream, first: &str, lines: &Receiver<Arc<str>>,
     chunk(first)?;
     while !shared.is_over() {
         match lines.recv_timeout(TICK) {
+            Ok(_) if !shared.may_speak(number) => break,
             // As the real one: what waits goes out together.
             Ok(line) => {
                 chunk(&iter::once(line).chain(lines.try_iter()).map(|line| line.to_string()).collect::<String>())?

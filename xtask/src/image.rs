@@ -68,9 +68,11 @@ fn try_alone(folder: &Path) -> Result<()> {
         fs::create_dir_all(root.join(dir)).context("creating an empty root")?;
     }
     fs::copy(folder.join("fairlead"), root.join("fairlead")).context("copying the binary")?;
-    let output = Command::new("chroot").arg(&root).args(["/fairlead", "version"]).output().context("running chroot")?;
     let version = format!("fairlead {}\n", env!("CARGO_PKG_VERSION"));
-    ensure!(output.status.success() && output.stdout == version.as_bytes(), "fairlead version: {output:?}");
+    for way in ["version", "--version"] {
+        let output = Command::new("chroot").arg(&root).args(["/fairlead", way]).output().context("running chroot")?;
+        ensure!(output.status.success() && output.stdout == version.as_bytes(), "fairlead {way}: {output:?}");
+    }
 
     let log = folder.join("run.log");
     let file = File::create(&log).with_context(|| format!("creating {}", log.display()))?;

@@ -1,7 +1,8 @@
 //! The way out.
 
 use super::{
-    Action, At, Hook, Scratch, care, close, complete_fragment, confirm, glance::may_leave, settled, wants_care,
+    Action, At, Hook, Scratch, care, close, complete_fragment, confirm, glance::may_leave, note_port, settled,
+    wants_care,
 };
 use crate::{
     addr::{Addr, Port},
@@ -185,18 +186,14 @@ fn take_port<S: State>(key: &FlowKey, device: u32, flow: &mut Flow, state: &mut 
         // The best port so far is kept where the verifier forgets its value, or it would follow every combination.
         let flow = core::hint::black_box(&mut *flow);
         let port = port_at(seed.wrapping_add(probe.wrapping_mul(step)), state);
-        match holder(flow, port, key.proto, state) {
-            Holder::Nobody => {
-                flow.node_port = port;
-                // Another CPU may take it at the same time.
-                if state.claim_flow(&flow.masqueraded_key(key.proto), flow) {
-                    note_port(key, flow, state);
-                    return Ok(());
-                }
-                flow.node_port = Port::ZERO;
+        if is_free(flow, port, key.proto, state) {
+            (flow.node_port, flow.seen) = (port, state.now());
+            // Another CPU may take it at the same time.
+            if state.claim_flow(&flow.masqueraded_key(key.proto), flow) {
+                note_port(key.proto, flow, state);
+                return Ok(());
             }
-            Holder::Closed if flow.node_port.be == 0 => flow.node_port = port,
-            Holder::Closed | Holder::Live => {}
+            flow.node_port = Port::ZERO;
         }
         probe += 1;
     }
@@ -204,11 +201,12 @@ fn take_port<S: State>(key: &FlowKey, device: u32, flow: &mut Flow, state: &mut 
     if flow.node_port.be == 0 {
         return Err(Reason::NoMasqueradePort);
     }
+    flow.seen = state.now();
     state.remove_flow(&flow.masqueraded_key(key.proto));
     if !state.claim_flow(&flow.masqueraded_key(key.proto), flow) {
         return Err(Reason::FlowTableFull);
     }
-    note_port(key, flow, state);
+    note_port(key.proto, flow, state);
     Ok(())
 }
 
@@ -218,40 +216,27 @@ fn port_at<S: State>(number: u32, state: &S) -> Port {
     Port::new(first.wrapping_add(number.checked_rem(u32::from(ports)).unwrap_or(0) as u16))
 }
 
-#[inline(always)]
-fn note_port<S: State>(key: &FlowKey, taken: &Flow, state: &mut S) {
-    if let Some(flow) = state.flow(key) {
-        (flow.node, flow.node_port) = (taken.node, taken.node_port);
-    }
-    if let Some(flow) = state.flow(&taken.request_key(key.proto)) {
-        (flow.node, flow.node_port) = (taken.node, taken.node_port);
-    }
-}
-
-/// Who has a masqueraded tuple.
-#[derive(Clone, Copy)]
-enum Holder {
-    /// Nobody, or who asks.
-    Nobody,
-    /// A connection that both sides have ended. Its tuple is left alone for a while, as TIME_WAIT asks, but given away
-    /// before a new connection fails (a new SYN may follow it, RFC 9293 §3.6.1).
-    Closed,
-    /// Somebody.
-    Live,
-}
-
+/// Whether nobody has a masqueraded tuple, or who asks for it. Where somebody has who may lend it, and was silent for longer than those
+/// before, its port and when it was seen are noted in `flow`.
+///
+/// A tuple is left alone for a while after its connection ended, as TIME_WAIT asks, but given away before a new connection fails
+/// (a new SYN may follow it, RFC 9293 §3.6.1).
 #[inline(never)]
-fn holder<S: State>(flow: &Flow, port: Port, proto: u8, state: &mut S) -> Holder {
+fn is_free<S: State>(flow: &mut Flow, port: Port, proto: u8, state: &mut S) -> bool {
     let key = FlowKey::new(Kind::Masqueraded, flow.node, port, flow.endpoint, flow.endpoint_port, proto);
     let now = state.now();
-    let Some(holder) = state.flow(&key) else { return Holder::Nobody };
+    let Some(holder) = state.flow(&key) else { return true };
     if holder.is_idle(proto, now)
         || holder.client.same(&flow.client) && holder.forwarded_port.be == flow.forwarded_port.be
     {
         state.remove_flow(&key);
-        return Holder::Nobody;
+        return true;
     }
-    if proto == protocol::TCP && holder.is_closed() { Holder::Closed } else { Holder::Live }
+    let is_first = flow.node_port.be == 0;
+    if holder.lends_port(proto, now) && (is_first || holder.seen.wrapping_sub(flow.seen).cast_signed() < 0) {
+        (flow.node_port, flow.seen) = (port, holder.seen);
+    }
+    false
 }
 
 /// A packet to an endpoint that leaves from a port of ours and is none of ours: of a process that asked for this port, or

@@ -1,18 +1,16 @@
 //! Who asks all the time for the Service whose endpoints last. In: a lab. Out: how many were answered, and what failed.
 
-use std::collections::BTreeMap;
-use std::fmt::{self, Display, Formatter};
 use std::io;
 use std::net::{SocketAddr, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 
 use crate::cluster::By;
 use crate::lab::Lab;
-use crate::traffic::client::{Client, Protocol, ask_on};
+use crate::traffic::client::{Answer, Client, Protocol, ask_on};
 
 /// Between two questions of one asker.
 const PAUSE: Duration = Duration::from_millis(20);
@@ -26,13 +24,24 @@ pub struct Asker {
     open: TcpStream,
 }
 
+/// How it is asked.
+#[derive(Clone, Copy, Debug)]
+enum What {
+    /// A new connection.
+    Connection,
+    /// A datagram from a new socket.
+    Datagram,
+    /// The connection that is never closed.
+    Open,
+}
+
 /// What came of questions.
 #[derive(Default)]
 pub struct Asked {
     /// Those that were answered.
     pub answered: u64,
-    /// Those that were not, by who asked how and what it saw.
-    pub failed: BTreeMap<String, u64>,
+    /// Those that were not: when it was asked, who asked how, and what it saw.
+    pub failed: Vec<(Instant, String)>,
 }
 
 /// One of each kind: pods, nodes and others, by each kind of address, by both families.
@@ -58,17 +67,24 @@ pub fn of(lab: &Lab) -> Result<Vec<Asker>> {
 }
 
 impl Asker {
+    fn ask(&mut self, what: What) -> io::Result<Answer> {
+        match what {
+            What::Connection => self.client.ask(Protocol::Tcp, self.to),
+            What::Datagram => self.client.ask(Protocol::Udp, self.to),
+            What::Open => ask_on(&mut self.open),
+        }
+    }
+
     /// Asks until all is over.
     pub fn run(mut self, over: &AtomicBool) -> Asked {
         let mut asked = Asked::default();
         while !over.load(Ordering::Relaxed) {
-            let results = [
-                ("a new connection", self.client.ask(Protocol::Tcp, self.to).map(drop)),
-                ("a datagram", self.client.ask(Protocol::Udp, self.to).map(drop)),
-                ("the open connection", ask_on(&mut self.open).map(drop)),
-            ];
-            for (what, result) in results {
-                asked.take(&self.name, what, result);
+            for what in [What::Connection, What::Datagram, What::Open] {
+                let start = Instant::now();
+                match self.ask(what) {
+                    Ok(_) => asked.answered += 1,
+                    Err(error) => asked.failed.push((start, format!("{}, {what:?}: {error}", self.name))),
+                }
             }
             thread::sleep(PAUSE);
         }
@@ -77,25 +93,9 @@ impl Asker {
 }
 
 impl Asked {
-    fn take(&mut self, name: &str, what: &str, result: io::Result<()>) {
-        match result {
-            Ok(()) => self.answered += 1,
-            Err(error) => *self.failed.entry(format!("{name}, {what}: {error}")).or_default() += 1,
-        }
-    }
-
     /// Takes what another heard.
     pub fn add(&mut self, other: Self) {
         self.answered += other.answered;
-        for (what, count) in other.failed {
-            *self.failed.entry(what).or_default() += count;
-        }
-    }
-}
-
-impl Display for Asked {
-    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
-        write!(f, "these failed:")?;
-        self.failed.iter().try_for_each(|(what, count)| write!(f, "\n{count} times {what}"))
+        self.failed.extend(other.failed);
     }
 }

@@ -1,6 +1,7 @@
 //! What happens to the cluster. In: a seed. Out: one thing after another, and in the end everything that was stopped runs again.
 
 use std::collections::BTreeMap;
+use std::fmt::Write as _;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -38,6 +39,8 @@ pub fn lasts(pod: &Pod) -> bool {
 pub struct Events {
     rng: Rng,
     counts: BTreeMap<&'static str, u32>,
+    /// What happened when.
+    history: Vec<(Instant, String)>,
     /// Services of [`FIRST`] and on that are there.
     there: BTreeMap<u16, bool>,
     /// Until when agents are down, by index.
@@ -52,6 +55,7 @@ impl Events {
         Self {
             rng: Rng::with_seed(seed),
             counts: BTreeMap::new(),
+            history: Vec::new(),
             there: BTreeMap::new(),
             down: Vec::new(),
             away: None,
@@ -67,6 +71,23 @@ impl Events {
     pub fn told(&self) -> String {
         let parts: Vec<String> = self.counts.iter().map(|(what, count)| format!("{count} × {what}")).collect();
         parts.join(", ")
+    }
+
+    fn note(&mut self, what: String) {
+        self.history.push((Instant::now(), what));
+    }
+
+    /// What happened in the seconds before this moment, and in the one after it.
+    pub fn around(&self, moment: Instant) -> String {
+        let mut text = String::new();
+        for (at, what) in &self.history {
+            let (before, after) = (moment.saturating_duration_since(*at), at.saturating_duration_since(moment));
+            if before < Duration::from_secs(3) && after < Duration::from_secs(1) {
+                let milliseconds = before.as_millis() as i64 - after.as_millis() as i64;
+                let _ = write!(text, "\n    {milliseconds} ms before: {what}");
+            }
+        }
+        text
     }
 
     /// Lets the next thing happen.
@@ -93,6 +114,7 @@ impl Events {
             _ => self.change_slices(world),
         };
         *self.counts.entry(what).or_default() += 1;
+        self.note(what.to_owned());
         Ok(())
     }
 
@@ -106,9 +128,12 @@ impl Events {
         if self.away.is_some_and(|until| until <= now) {
             world.plane.start_api_server().context("starting the API server again")?;
             self.away = None;
+            self.note("the API server started again".to_owned());
         }
-        for (index, _) in self.down.extract_if(.., |(_, until)| *until <= now) {
+        let back: Vec<_> = self.down.extract_if(.., |(_, until)| *until <= now).collect();
+        for (index, _) in back {
             world.agents[index].spawn().with_context(|| format!("starting agent {index} again"))?;
+            self.note(format!("agent {} started again", index + 1));
         }
         Ok(())
     }
@@ -125,6 +150,7 @@ impl Events {
             world.agents[index].terminate();
             "an agent ended"
         };
+        self.note(format!("{what}: number {}", index + 1));
         self.down.push((index, Instant::now() + Duration::from_millis(self.rng.u64(0..3000))));
         what
     }

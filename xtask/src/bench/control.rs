@@ -10,10 +10,10 @@ use std::str::FromStr;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, anyhow, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use clap::Args;
 use serde_json::{Value, json};
-use tests::bpf::PinnedMap;
+use tests::bpf::{Key, PinnedMap};
 use tests::control_plane::parts;
 use tests::kube_proxy::CLUSTER_CIDR;
 use tests::manifest::Service;
@@ -236,49 +236,68 @@ fn measure(options: &Options, size: Size, proxy: Proxy) -> Result<Measured> {
     Ok(Measured { start, memory: running.memory()?, changes, writes })
 }
 
-/// Changes the endpoint of one Service again and again, and looks at its frontend in the kernel without a pause: it is the entry that
-/// switches packets over, and so the last that matters.
+/// Changes the endpoint of one Service again and again, and looks without a pause at the entry in the kernel that switches packets over.
 fn measure_writes(options: &Options, size: Size, lab: &Lab, server: &WatchServer, agent: &Agent) -> Result<Writes> {
     let service = size.services / 2;
-    let folders = [agent.bpffs().join("v1"), agent.bpffs().to_owned()];
-    let table =
-        folders.iter().find_map(|folder| find(folder, "FRONTENDS")).context("no table of frontends is pinned")?;
-    let table = PinnedMap::open(&table).context("opening the table of frontends")?;
-    let address = scale::cluster_ip(service).octets();
-    let keys = table.keys()?;
-    let key = keys.iter().find(|key| key.windows(4).any(|part| part == address)).context("no such frontend")?;
+    let mut changes = 0_u32;
+    let mut change = || {
+        changes += 1;
+        let pod = lab.pod(1, if changes.is_multiple_of(2) { 2 } else { 1 });
+        let object = slice(size, service, Some(pod.v4.into()));
+        let begin = Instant::now();
+        server.put(object);
+        begin
+    };
+    // The series before may have ended with the same endpoint.
+    change();
+    thread::sleep(PAUSE);
+    let (table, key) = switch(agent, || {
+        change();
+        thread::sleep(PAUSE);
+    })?;
     let count = || -> Result<[u64; 2]> {
         let status = agent.cli_json(&["status"]);
         let number = |name: &str| status["agent"][name].as_u64().with_context(|| format!("no number agent.{name}"));
         Ok([number("bpfCalls")?, number("entriesWritten")?])
     };
-    let (mut before, mut times) = ([0; 2], Vec::new());
-    for number in 0..=options.writes {
+    let before = count()?;
+    let mut times = Vec::new();
+    for _ in 0..options.writes {
         interrupt::check()?;
         thread::sleep(SHORT_PAUSE);
-        if number == 1 {
-            before = count()?;
+        let old = table.get(&key)?;
+        let begin = change();
+        while table.get(&key)? == old {
+            ensure!(begin.elapsed() < Duration::from_secs(5), "the entry of Service {service} stays as it is");
         }
-        let pod = lab.pod(1, if number.is_multiple_of(2) { 2 } else { 1 });
-        let object = slice(size, service, Some(pod.v4.into()));
-        let old = table.get(key)?;
-        let begin = Instant::now();
-        server.put(object);
-        while table.get(key)? == old {
-            if begin.elapsed() > Duration::from_secs(5) {
-                // The first may be what is there already.
-                ensure!(number == 0, "the frontend of Service {service} stays as it is");
-                break;
-            }
-        }
-        if number > 0 {
-            times.push(begin.elapsed());
-        }
+        times.push(begin.elapsed());
     }
     thread::sleep(SHORT_PAUSE);
     let after = count()?;
     times.sort();
     Ok(Writes { times, calls: after[0] - before[0], entries: after[1] - before[1] })
+}
+
+/// The entry that is another after each change: which endpoint a slot of the Service leads to, or which slots its frontend has.
+fn switch(agent: &Agent, mut change: impl FnMut()) -> Result<(PinnedMap, Key)> {
+    for name in ["SLOTS", "FRONTENDS"] {
+        let path = find(agent.bpffs(), name).with_context(|| format!("no table {name} is pinned"))?;
+        let table = PinnedMap::open(&path).with_context(|| format!("opening {}", path.display()))?;
+        let keys = table.keys()?;
+        let all = || keys.iter().map(|key| table.get(key)).collect::<std::io::Result<Vec<_>>>();
+        let mut rows = Vec::new();
+        for _ in 0..3 {
+            rows.push(all()?);
+            change();
+        }
+        let is_switched = |at: &usize| rows[0][*at] != rows[1][*at] && rows[1][*at] != rows[2][*at];
+        let found = (0..keys.len()).find(is_switched).map(|at| keys[at]);
+        drop(rows);
+        if let Some(key) = found {
+            return Ok((table, key));
+        }
+    }
+    bail!("no entry is another after each change")
 }
 
 /// The first file of this name in a folder and those below it.

@@ -95,3 +95,37 @@ fn a_closed_connection_gives_its_port_away_before_a_new_one_fails() {
         assert_eq!(cross(&mut machine, V4.endpoint(), from, FIN), (V4.service(), client), "connection {i}");
     }
 }
+
+#[test]
+fn a_silent_udp_flow_lends_its_port_before_a_new_one_fails_and_gets_another_when_it_goes_on() {
+    let mut machine = V4.machine(frontend_flags::MASQUERADE);
+    let client = |i: u16| SocketAddr::new(V4.client().ip(), 10_000 + i);
+    let ask = |machine: &mut Machine, i: u16| {
+        let (from, _) = cross(machine, client(i), V4.service(), Segment::Udp);
+        let answered = cross(machine, V4.endpoint(), from, Segment::Udp);
+        assert_eq!(answered, (V4.service(), client(i)), "question {i} by {from}");
+        from
+    };
+    let first = ask(&mut machine, 0);
+    let mut talker = ask(&mut machine, 1);
+    // 500 a second, and one that is never silent for long.
+    for i in 2..9000_u16 {
+        ask(&mut machine, i);
+        if i % 500 == 0 {
+            machine.now += 1;
+        }
+        if i % 1000 == 0 {
+            let now = ask(&mut machine, 1);
+            assert_eq!(now, talker, "after {i}: it was not silent");
+            talker = now;
+        }
+    }
+    let now = ask(&mut machine, 0);
+    let holder = machine.flows.iter().filter(|(key, (flow, _))| {
+        key.kind == Kind::Masqueraded as u8 && flow.client_port.number() == client(0).port()
+    });
+    assert_eq!(holder.count(), 1, "{first}, then {now}");
+    // Who has its former port gets its own answers.
+    ask(&mut machine, 8999);
+    assert_eq!(ask(&mut machine, 0), now);
+}
