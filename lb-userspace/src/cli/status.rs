@@ -202,6 +202,7 @@ impl Status {
 fn maps(fill: &[Fill], memory: &Memory) -> Vec<Map> {
     let used = |fill: &Fill| match fill.name {
         "SLOTS" => Some(slots_in_use(memory)),
+        "SERVICE_COUNTERS" => Some(memory.services.len() as u64),
         "ENDPOINTS" => Some(memory.endpoints.values().filter(|endpoint| endpoint.flags != 0).count() as u64),
         "SETTINGS" | "FRONTEND_BITS" | "ENDPOINT_BITS" | "COUNTERS" | "ENTRIES" | "SOCKETS" => None,
         _ => Some(fill.used),
@@ -255,15 +256,20 @@ impl Program {
 
 #[cfg(test)]
 mod tests {
-    use lb_common::layout::{Endpoint, SERVICE_NAME_LEN};
+    use lb_common::{
+        addr::Addr,
+        layout::{Endpoint, Frontend, FrontendKey, Range, SERVICE_NAME_LEN},
+    };
 
     use super::*;
 
     #[test]
     fn arrays_are_as_full_as_what_is_in_use() {
         let endpoint = |flags| Endpoint { flags, ..Endpoint::default() };
+        let range = Range { offset: 4, len: 3 };
+        let frontend = Frontend { internal: range, external: range, ..Frontend::default() };
         let memory = Memory {
-            slots: [(0, 1), (1, 2), (2, 3)].into(),
+            frontends: [1, 2].map(|number| (FrontendKey::any_port(Addr::from_v4_word(number)), frontend)).into(),
             endpoints: [(1, endpoint(1)), (2, endpoint(0))].into(),
             services: [(7, [0; SERVICE_NAME_LEN]), (9, [0; SERVICE_NAME_LEN])].into(),
             ..Memory::default()
