@@ -202,6 +202,10 @@ fn take_port<S: State>(key: &FlowKey, device: u32, flow: &mut Flow, state: &mut 
         return Err(Reason::NoMasqueradePort);
     }
     flow.seen = state.now();
+    // Another CPU may have found the same one, and its entry must not be taken for the silent one's.
+    if state.flow(&flow.masqueraded_key(key.proto)).is_some_and(|holder| !holder.lends_port(key.proto, flow.seen)) {
+        return Err(Reason::NoMasqueradePort);
+    }
     state.remove_flow(&flow.masqueraded_key(key.proto));
     if !state.claim_flow(&flow.masqueraded_key(key.proto), flow) {
         return Err(Reason::FlowTableFull);
