@@ -62,12 +62,12 @@ pub(crate) struct World {
     lab: Lab,
 }
 
-/// Lets it happen. `say` hears how it goes.
+/// Lets it happen. `say` hears how it goes; `go_on` is asked before each thing that happens, and its error ends it all.
 ///
 /// # Errors
 ///
 /// What is wrong in the end, with the seed; or why nothing could be tried.
-pub fn run(options: &Options, say: impl Fn(&str)) -> Result<Report> {
+pub fn run(options: &Options, say: impl Fn(&str), go_on: impl Fn() -> Result<()>) -> Result<Report> {
     let seed = options.seed;
     let mut world = World::build(options)?;
     let before = leaks::Picture::of(&world)?;
@@ -76,7 +76,7 @@ pub fn run(options: &Options, say: impl Fn(&str)) -> Result<Report> {
     let askers = askers::of(&world.lab)?;
     let (events, asked) = thread::scope(|scope| -> Result<_> {
         let running: Vec<_> = askers.into_iter().map(|asker| scope.spawn(|| asker.run(&over))).collect();
-        let events = happen(&mut world, options, &say);
+        let events = happen(&mut world, options, &say, &go_on);
         // Also where that failed: the askers wait for it.
         over.store(true, Ordering::Relaxed);
         let mut asked = Asked::default();
@@ -103,11 +103,17 @@ pub fn run(options: &Options, say: impl Fn(&str)) -> Result<Report> {
     Ok(Report { events, answered: asked.answered, compared: judgement.compared, forwarded: judgement.forwarded })
 }
 
-fn happen(world: &mut World, options: &Options, say: &impl Fn(&str)) -> Result<Events> {
+fn happen(
+    world: &mut World,
+    options: &Options,
+    say: &impl Fn(&str),
+    go_on: &impl Fn() -> Result<()>,
+) -> Result<Events> {
     let mut events = Events::new(options.seed);
     let start = Instant::now();
     let mut told = start;
     while start.elapsed() < options.length {
+        go_on()?;
         events.next(world)?;
         if told.elapsed() > Duration::from_secs(10) {
             told = Instant::now();

@@ -11,7 +11,7 @@ fn whatever_happens_connections_to_lasting_endpoints_go_on_and_every_frontend_is
         Ok(text) => text.parse().expect("FAIRLEAD_SEED is a number"),
         Err(_) => SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_nanos() as u64),
     };
-    let report = run(&Options { length: Duration::from_secs(45), seed, binary: None }, |_| {})
+    let report = run(&Options { length: Duration::from_secs(45), seed, binary: None }, |_| {}, || Ok(()))
         .unwrap_or_else(|error| panic!("{error:#}"));
     println!("{report:?}");
     assert!(report.events.iter().map(|(_, count)| count).sum::<u32>() > 50, "little happened: {report:?}");

@@ -8,6 +8,8 @@ use anyhow::{Result, ensure};
 use clap::Args;
 use tests::{chaos, residue};
 
+use crate::cluster;
+use crate::interrupt;
 use crate::setup;
 use crate::workspace;
 
@@ -24,7 +26,10 @@ pub struct Options {
 
 /// Lets it happen, and judges.
 pub fn run(options: &Options) -> Result<ExitCode> {
+    ensure!(workspace::is_root(), "network namespaces are made and programs loaded: run `cargo xtask chaos` as root");
+    interrupt::catch();
     setup::ensure()?;
+    cluster::build()?;
     workspace::build_agent()?;
     residue::clean()?;
     let seed = options.seed.unwrap_or_else(|| {
@@ -33,7 +38,7 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     println!("seed {seed}");
     let options =
         chaos::Options { length: Duration::from_secs(options.seconds), seed, binary: Some(workspace::agent()) };
-    let report = chaos::run(&options, |line| println!("  {line}"))?;
+    let report = chaos::run(&options, |line| println!("  {line}"), interrupt::check)?;
     let left = residue::find()?;
     ensure!(left.is_empty(), "seed {seed}: something of the lab is left: {left:?}");
     let events: Vec<String> = report.events.iter().map(|(what, count)| format!("{count} × {what}")).collect();

@@ -150,7 +150,7 @@ impl Events {
             world.agents[index].terminate();
             "an agent ended"
         };
-        self.note(format!("{what}: number {}", index + 1));
+        self.note(format!("agent {} is gone", index + 1));
         self.down.push((index, Instant::now() + Duration::from_millis(self.rng.u64(0..3000))));
         what
     }
