@@ -3,6 +3,7 @@
 //! In: [`Write`]s from `image`, devices from [`devices`]. Out: the content of the maps, what is attached. A start adopts what is
 //! pinned and clears nothing; programs are attached when the caller says so. What a write means is not known here.
 
+mod capabilities;
 pub mod cleanup;
 mod counters;
 pub mod devices;

@@ -276,7 +276,7 @@ fn says_ready(line: &str) -> bool {
 }
 
 /// `FAIRLEAD_BIN`, or `fairlead` in the target folder that this program was built into, same profile first.
-fn find_binary() -> Result<PathBuf> {
+pub fn find_binary() -> Result<PathBuf> {
     if let Some(path) = std::env::var_os("FAIRLEAD_BIN") {
         return Ok(PathBuf::from(path));
     }

@@ -20,7 +20,7 @@ use aya::{
 use tracing::debug;
 
 use super::{
-    Options, SocketLb,
+    Options, SocketLb, capabilities,
     maps::{Capacity, FLOW_MAPS, Table, flow_shape},
     sys::{self, Map},
 };
@@ -192,11 +192,11 @@ pub struct Constants {
 impl Constants {
     /// What the kernel and the operator say.
     pub fn new(options: &Options) -> Result<Self> {
+        capabilities::check()?;
         Ok(Self {
             netns_cookie: sys::netns_cookie()
                 .context("cannot read the network namespace's cookie (SO_NETNS_COOKIE, Linux 5.14)")?,
-            checksum_flag: sys::ipv6_checksum_flag()
-                .context("cannot load a BPF program: the agent needs CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON")?,
+            checksum_flag: sys::ipv6_checksum_flag().context("cannot load a BPF program")?,
             socket_lb_all: u32::from(options.socket_lb == SocketLb::All),
         })
     }
