@@ -152,6 +152,11 @@ fn cluster_needs() -> Vec<Need> {
             why: "the control plane of tests has certificates",
             found: workspace::find_program("openssl").is_some(),
         },
+        Need {
+            packages: &["iptables"],
+            why: "the real kube-proxy, which tests compare with, writes its rules by it",
+            found: ["iptables-save", "ip6tables-save"].into_iter().all(|name| workspace::find_program(name).is_some()),
+        },
     ]
 }
 
