@@ -30,7 +30,7 @@ use std::{collections::BTreeSet, fs, os::fd::AsFd as _};
 
 use anyhow::{Context as _, Result, bail};
 use lb_common::{
-    layout::{bit_index, frontend_flags},
+    layout::bit_index,
     memory::{Dense, Memory},
 };
 use tracing::{info, warn};
@@ -451,34 +451,6 @@ impl Kernel {
     /// Keeps the ports that masquerading takes from the host's own choice.
     pub fn reserve_ports(&self) -> Result<()> {
         reserved::reserve(&self.folder.reserved(), self.options.masquerade_first, self.options.masquerade_ports)
-    }
-
-    /// NodePorts that are among the ports that masquerading takes: answers to masqueraded connections could be taken for requests.
-    pub fn colliding_node_ports(&self, memory: &Memory) -> Vec<String> {
-        let Options { masquerade_first: first, masquerade_ports: ports, .. } = self.options;
-        let own = |port: u16| u32::from(port).wrapping_sub(first) < ports;
-        let node_ports =
-            memory.frontends.iter().filter(|(_, frontend)| frontend.flags & frontend_flags::NODE_PORT != 0);
-        // Both families have the same.
-        let colliding: BTreeSet<(u16, u32)> = node_ports
-            .filter(|(key, _)| own(key.port.number()))
-            .map(|(key, frontend)| (key.port.number(), frontend.service))
-            .collect();
-        let name = |service| {
-            let name = memory.services.get(&service).map(|name| String::from_utf8_lossy(name).into_owned());
-            name.unwrap_or_default().trim_end_matches('\0').to_owned()
-        };
-        colliding
-            .into_iter()
-            .map(|(port, service)| {
-                format!(
-                    "{}: NodePort {port} is among the masquerade ports {first}-{}: give the Service another, or the agent \
-                     another range (--masquerade-ports)",
-                    name(service),
-                    first + ports - 1
-                )
-            })
-            .collect()
     }
 
     /// What keeps clients from being served, though everything is as the operator said.

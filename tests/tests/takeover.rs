@@ -105,14 +105,6 @@ fn the_masquerade_ports_are_reserved_while_an_agent_is_there_and_what_was_reserv
 }
 
 #[test]
-fn a_node_port_among_the_masquerade_ports_is_named_in_the_status() {
-    let cluster = Cluster::web(Topology::default(), &["--masquerade-ports", "30000-30127"]);
-    let problems = cluster.agents[0].cli_json(&["status"])["problems"].clone();
-    let named = |text: &str| text.contains("default/web:tcp") && text.contains("NodePort 30010");
-    assert!(problems.as_array().unwrap().iter().any(|text| named(text.as_str().unwrap())), "{problems}");
-}
-
-#[test]
 fn a_masquerade_port_that_the_node_itself_uses_towards_the_endpoint_is_not_taken() {
     // A range of few ports: without a look at who has them, half of the connections would take one of the node's.
     let cluster = Cluster::new(Topology::default(), &["--masquerade-ports", "61000-61031"], one_service_a_kind);

@@ -86,7 +86,8 @@ fn transport<P: Packet, S: State>(
             return action;
         }
         let (first, ports) = state.masquerade_ports();
-        if !hook.translated && headers.sport.number().wrapping_sub(first) < ports {
+        let may_be_taken = headers.proto == protocol::SCTP || headers.sport.number().wrapping_sub(first) < ports;
+        if !hook.translated && may_be_taken {
             note_in_use(headers, flow, state);
         }
     }
@@ -185,7 +186,12 @@ fn take_port<S: State>(key: &FlowKey, device: u32, flow: &mut Flow, state: &mut 
     while probe < PROBES {
         // The best port so far is kept where the verifier forgets its value, or it would follow every combination.
         let flow = core::hint::black_box(&mut *flow);
-        let port = port_at(seed.wrapping_add(probe.wrapping_mul(step)), state);
+        // As netfilter does: peers of SCTP that expect a fixed port are common.
+        let port = if probe == 0 && key.proto == protocol::SCTP {
+            flow.forwarded_port
+        } else {
+            port_at(seed.wrapping_add(probe.wrapping_mul(step)), state)
+        };
         if is_free(flow, port, key.proto, state) {
             (flow.node_port, flow.seen) = (port, state.now());
             // Another CPU may take it at the same time.

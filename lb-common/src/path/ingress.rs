@@ -77,6 +77,13 @@ fn transport<P: Packet, S: State>(
     flow: &mut Flow,
     state: &mut S,
 ) -> Action {
+    // Before anything else: the port may also be a NodePort.
+    let (first, ports) = state.masquerade_ports();
+    if (headers.proto == protocol::SCTP || headers.dport.number().wrapping_sub(first) < ports)
+        && let Some(action) = masquerade_reply(packet, headers, flow, state)
+    {
+        return action;
+    }
     if state.may_be_frontend(&headers.dst, headers.dport)
         || state.may_be_frontend(&headers.dst.unspecified(), headers.dport)
         || state.may_be_frontend(&headers.dst, Port::ZERO)
@@ -96,12 +103,6 @@ fn transport<P: Packet, S: State>(
         } else {
             Action::Drop(Reason::Unallocated)
         };
-    }
-    let (first, ports) = state.masquerade_ports();
-    if headers.dport.number().wrapping_sub(first) < ports
-        && let Some(action) = masquerade_reply(packet, headers, flow, state)
-    {
-        return action;
     }
     if !hook.translated
         && (headers.proto != protocol::TCP || headers.tcp & (tcp_flags::SYN | tcp_flags::ACK) == tcp_flags::SYN)

@@ -55,7 +55,6 @@ impl Agent {
         );
         report.problems.extend(self.serve.troubles().iter().map(ToString::to_string));
         report.problems.extend(self.shadowed());
-        report.problems.extend(self.kernel.colliding_node_ports(self.pipeline.image().memory()));
         report.problems.extend(self.kernel.problems(&self.snapshot));
         let statistics = self.kernel.statistics();
         report.bpf_calls = statistics.calls;

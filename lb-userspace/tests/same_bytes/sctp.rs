@@ -99,3 +99,30 @@ fn a_second_frontend_of_the_same_endpoint_gets_another_source_port_over_sctp() {
         }
     });
 }
+
+#[test]
+fn a_masqueraded_association_keeps_its_port_unless_another_has_it_over_sctp() {
+    in_a_namespace(|| {
+        let mut loaded = Loaded::new();
+        for (clients, service) in [
+            (["198.51.100.9", "198.51.100.10", "198.51.100.11"], "10.99.0.11:30180"),
+            (["2001:db8:9::9", "2001:db8:9::a", "2001:db8:9::b"], "[fd00:99::11]:30180"),
+        ] {
+            let service: SocketAddr = service.parse().unwrap();
+            // The port is also a NodePort once: answers are answers all the same.
+            for port in [40_000, 30_180] {
+                let mut ways: Vec<(SocketAddr, SocketAddr)> = Vec::new();
+                // Two endpoints: of three clients, two meet at one.
+                for client in clients.map(|ip| SocketAddr::new(ip.parse().unwrap(), port)) {
+                    let [_, (node, endpoint)] = cross(&mut loaded, client, service, &[7; 20]);
+                    let is_taken = ways.contains(&(SocketAddr::new(node.ip(), port), endpoint));
+                    assert_eq!(node.port() != port, is_taken, "{client}: {node} to {endpoint}, after {ways:?}");
+                    ways.push((node, endpoint));
+                    assert_eq!(cross(&mut loaded, endpoint, node, &[8; 20])[1], (service, client));
+                    // And the next packet goes the same way.
+                    assert_eq!(cross(&mut loaded, client, service, &[9; 20])[1], (node, endpoint));
+                }
+            }
+        }
+    });
+}

@@ -15,6 +15,19 @@ fn a_masqueraded_request_comes_from_the_node_and_its_answer_finds_the_client() {
 }
 
 #[test]
+fn an_answer_finds_the_client_also_where_its_port_is_a_node_port() {
+    for case in [V4, V6] {
+        for (segment, answer) in [(SYN, SYN_ACK), (Segment::Udp, Segment::Udp)] {
+            let mut machine = case.machine(frontend_flags::MASQUERADE);
+            let (from, to) = cross(&mut machine, case.client(), case.service(), segment);
+            let node_port = SocketAddr::new(Addr::from(case.node()).unspecified().into(), from.port());
+            add_service(&mut machine, 2, node_port, &[case.client()], frontend_flags::NODE_PORT);
+            assert_eq!(cross(&mut machine, to, from, answer), (case.service(), case.client()));
+        }
+    }
+}
+
+#[test]
 fn a_pod_that_reaches_itself_through_its_service_is_masqueraded() {
     let mut machine = V4.machine(0);
     let client = SocketAddr::new(V4.endpoint().ip(), 40000);
