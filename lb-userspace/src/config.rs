@@ -23,6 +23,7 @@ pub use self::{
     duration::GoDuration,
     file::{Conntrack, KubeProxyConfiguration},
     number::boolean,
+    write::yaml,
 };
 use crate::{model::address::parse_ip, plan::node::ProxyMode};
 

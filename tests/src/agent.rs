@@ -59,6 +59,13 @@ impl Agent {
         Ok(agent)
     }
 
+    /// Starts an agent with a kube-proxy's configuration file, and waits for nothing.
+    pub fn spawn_with_config(lab: &Lab, node: &Node, config: &Path) -> Result<Self> {
+        let mut agent = Self::prepare(lab, node, Some(("--config", config)), lab.cgroup(), &[])?;
+        agent.spawn()?;
+        Ok(agent)
+    }
+
     /// Starts an agent on an API server and waits until it is ready; also for processes in other cgroups than the lab's, as Pods' are.
     pub fn build(lab: &Lab, node: &Node, kubeconfig: &Path, flags: &[&str]) -> Result<Self> {
         let root = lab.cgroup().parent().context("a lab's cgroup is below the root")?;

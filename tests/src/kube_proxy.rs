@@ -40,10 +40,15 @@ impl KubeProxy {
         });
         let file = lab.folder().join(format!("kube-proxy-{}.json", node.name));
         fs::write(&file, configuration.to_string()).context("writing kube-proxy's configuration")?;
+        Self::start_with_config(lab, node, &file)
+    }
+
+    /// Starts it with a configuration file.
+    pub fn start_with_config(lab: &Lab, node: &Node, config: &Path) -> Result<Self> {
         let log = File::create(lab.folder().join("log").join(format!("kube-proxy-{}.log", node.name)))?;
         let mut command = Command::new(parts::ensure(&parts::KUBE)?);
         node.netns.apply(&mut command)?;
-        command.arg("kube-proxy").arg("--config").arg(file);
+        command.arg("kube-proxy").arg("--config").arg(config);
         command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log).process_group(0);
         Ok(Self { process: command.spawn().context("starting kube-proxy")? })
     }

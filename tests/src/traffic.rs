@@ -6,6 +6,7 @@
 
 pub mod bytes;
 pub mod client;
+pub mod http;
 pub mod packet;
 pub mod raw_tcp;
 pub mod server;

@@ -4,7 +4,6 @@
 #![expect(clippy::unwrap_used, reason = "a helper of a test fails as the test does")]
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::io::{Read as _, Write as _};
 use std::net::SocketAddr;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -13,6 +12,7 @@ use serde_json::json;
 use tests::cluster::{TARGET, addressed, web};
 use tests::kube_proxy::{CLUSTER_CIDR, KubeProxy};
 use tests::manifest::{PodObject, Service};
+use tests::traffic::http::ask;
 use tests::{Agent, Client, ControlPlane, Lab, Netns, Topology};
 
 const SERVICES: &str = "/api/v1/namespaces/default/services";
@@ -47,13 +47,10 @@ struct Page {
 impl Page {
     /// What stands at the address that `metricsBindAddress` has where nothing is said.
     fn of(netns: &Netns) -> Self {
-        let mut stream = Client::new(netns).connect(SocketAddr::from(([127, 0, 0, 1], 10249))).unwrap();
-        stream.write_all(b"GET /metrics HTTP/1.0\r\nHost: localhost\r\n\r\n").unwrap();
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer).unwrap();
-        let (head, text) = answer.split_once("\r\n\r\n").expect("an answer has a head");
-        assert!(head.contains(" 200 "), "{head}");
-        Self::parse(text)
+        let to = SocketAddr::from(([127, 0, 0, 1], 10249));
+        let answer = ask(&Client::new(netns), to, "GET /metrics", &[]).unwrap();
+        assert_eq!(answer.code, 200);
+        Self::parse(&answer.body)
     }
 
     fn parse(text: &str) -> Self {

@@ -45,10 +45,16 @@ impl Config {
     /// The same as text; reading it again gives the same configuration.
     #[must_use]
     pub fn to_yaml(&self) -> String {
-        let mut text = String::new();
-        block(&self.to_json(), 0, &mut text);
-        text
+        yaml(&self.to_json())
     }
+}
+
+/// A tree as text: the YAML that Kubernetes' own programs write.
+#[must_use]
+pub fn yaml(value: &Value) -> String {
+    let mut text = String::new();
+    block(value, 0, &mut text);
+    text
 }
 
 /// Writes a mapping or a list whose lines begin at this column.
@@ -94,7 +100,28 @@ fn behind(value: &Value, indent: usize, out: &mut String) {
         out.push('\n');
         block(value, indent, out);
     } else {
-        let _ = writeln!(out, " {}", inline(value));
+        out.push(' ');
+        fold(&inline(value), indent + 2, out);
+        out.push('\n');
+    }
+}
+
+/// Writes a value; a long one goes on in the next line after the first space behind column 80, as go-yaml does it.
+fn fold(text: &str, indent: usize, out: &mut String) {
+    let mut column = out.len() - out.rfind('\n').map_or(0, |at| at + 1);
+    let may_fold = !text.starts_with(['"', '[', '{']);
+    let mut rest = text.chars().peekable();
+    let mut last = ' ';
+    while let Some(letter) = rest.next() {
+        let next = rest.peek().copied().unwrap_or(' ');
+        if may_fold && letter == ' ' && column > 80 && last != ' ' && next != ' ' {
+            let _ = write!(out, "\n{:indent$}", "");
+            column = indent;
+        } else {
+            out.push(letter);
+            column += 1;
+        }
+        last = letter;
     }
 }
 

@@ -70,7 +70,7 @@ pub fn router(pages: Arc<Pages>) -> Router {
         .route("/metrics", any(metrics))
         .route("/metrics/slis", any(slis))
         .route("/healthz", any(healthz))
-        .route("/healthz/ping", any(|| async { answer(StatusCode::OK, TEXT, "ok") }))
+        .route("/healthz/ping", any(ping))
         .route(
             "/proxyMode",
             any(|State(pages): Shared| async move { answer(StatusCode::OK, TEXT, pages.mode.as_str()) }),
@@ -136,6 +136,12 @@ async fn healthz(State(pages): Shared, RawQuery(query): RawQuery) -> Response<Bo
         (true, true) => "[+]ping excluded: ok\nhealthz check passed\n",
     };
     answer(StatusCode::OK, TEXT, text)
+}
+
+async fn ping() -> Response<Body> {
+    let mut response = answer(StatusCode::OK, TEXT, "ok");
+    response.headers_mut().remove(axum::http::header::X_CONTENT_TYPE_OPTIONS);
+    response
 }
 
 async fn configz(State(pages): Shared) -> Response<Body> {

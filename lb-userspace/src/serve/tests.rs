@@ -256,8 +256,8 @@ fn status_and_flags_are_text_or_objects() {
     };
     let (head, body) = accept("/flagz", "application/json;v=v1beta1;g=config.k8s.io;as=Flagz");
     assert!(head.contains("content-type: application/json;g=config.k8s.io;v=v1beta1;as=Flagz"), "{head}");
-    let want = "{\n  \"kind\": \"Flagz\",\n  \"apiVersion\": \"config.k8s.io/v1beta1\",\n  \"metadata\": {\n    \"name\": \
-                \"kube-proxy\"\n  },\n  \"flags\": {\n    \"proxy-mode\": \"nftables\",\n    \"v\": \"2\"\n  }\n}";
+    let want = "{\"kind\":\"Flagz\",\"apiVersion\":\"config.k8s.io/v1beta1\",\"metadata\":{\"name\":\"kube-proxy\"},\
+                \"flags\":{\"proxy-mode\":\"nftables\",\"v\":\"2\"}}\n";
     assert_eq!(body, want);
     let (head, body) = accept("/statusz", "application/json;v=v1alpha1;g=config.k8s.io;as=Statusz");
     assert!(head.contains("warning: 299 - \"This version of the statusz endpoint is deprecated."), "{head}");

@@ -10,12 +10,12 @@ use axum::{
 };
 use jiff::Timestamp;
 use serde::Serialize;
-use serde_json::json;
 
 use super::{
     super::{answer::TEXT, metrics},
     KUBERNETES,
 };
+use crate::config::yaml;
 
 /// The group of the objects.
 const GROUP: &str = "config.k8s.io";
@@ -116,8 +116,8 @@ enum Wanted {
 
 /// Answers as the client accepts it, text first; what can't be had is 406.
 pub(super) fn respond<P: Page>(headers: &HeaderMap, page: &P) -> Response<Body> {
-    let accept = headers.get(header::ACCEPT).and_then(|value| value.to_str().ok()).unwrap_or_default();
-    let Some(wanted) = wanted(accept, P::KIND) else { return not_acceptable() };
+    let accept = text_of(headers, header::ACCEPT);
+    let Some(wanted) = wanted(accept, P::KIND) else { return not_acceptable(headers) };
     let (content_type, body, version) = match wanted {
         Wanted::Text => {
             let text = format!(
@@ -128,12 +128,13 @@ pub(super) fn respond<P: Page>(headers: &HeaderMap, page: &P) -> Response<Body> 
             );
             (TEXT, text, None)
         }
-        // Every JSON text is YAML, too.
         Wanted::Object(media, version) => {
             let content_type = format!("{media};g={GROUP};v={version};as={}", P::KIND);
             let content_type =
                 HeaderValue::from_str(&content_type).unwrap_or(HeaderValue::from_static("application/json"));
-            (content_type, object(page, version), Some(version))
+            let metadata = [("name", "kube-proxy")].into();
+            let object = Object { kind: P::KIND, api_version: format!("{GROUP}/{version}"), metadata, page };
+            (content_type, Form::of(media, headers).write(&object), Some(version))
         }
     };
     let mut response = Response::new(Body::from(body));
@@ -161,10 +162,38 @@ struct Object<'a, P> {
     page: &'a P,
 }
 
-fn object<P: Page>(page: &P, version: &str) -> String {
-    let metadata = [("name", "kube-proxy")].into();
-    let object = Object { kind: P::KIND, api_version: format!("{GROUP}/{version}"), metadata, page };
-    serde_json::to_string_pretty(&object).unwrap_or_default()
+fn text_of(headers: &HeaderMap, name: header::HeaderName) -> &str {
+    headers.get(name).and_then(|value| value.to_str().ok()).unwrap_or_default()
+}
+
+/// How an object is written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Form {
+    Line,
+    Indented,
+    Yaml,
+}
+
+impl Form {
+    /// As a media type asks, and as people like it whose browsers and tools the API server's library knows.
+    fn of(media: &str, headers: &HeaderMap) -> Self {
+        let agent = text_of(headers, header::USER_AGENT);
+        match media {
+            "application/yaml" => Self::Yaml,
+            "application/json" if !["curl", "Wget", "Mozilla/5.0"].iter().any(|name| agent.starts_with(name)) => {
+                Self::Line
+            }
+            _ => Self::Indented,
+        }
+    }
+
+    fn write(self, object: &impl Serialize) -> String {
+        match self {
+            Self::Line => serde_json::to_string(object).unwrap_or_default() + "\n",
+            Self::Indented => serde_json::to_string_pretty(object).unwrap_or_default(),
+            Self::Yaml => yaml(&serde_json::to_value(object).unwrap_or_default()),
+        }
+    }
 }
 
 /// The first of the accepted types that there is. Objects have to be asked for by group, version and kind.
@@ -179,7 +208,9 @@ fn wanted(accept: &str, kind: &str) -> Option<Wanted> {
         let version = VERSIONS.into_iter().find(|version| parameters.get("v") == Some(version));
         let object = parameters.get("g") == Some(&GROUP) && parameters.get("as") == Some(&kind);
         match (media, version.filter(|_| object)) {
-            ("application/json", Some(version)) => Some(Wanted::Object("application/json", version)),
+            ("application/json" | "application/*" | "*/*", Some(version)) => {
+                Some(Wanted::Object("application/json", version))
+            }
             ("application/yaml", Some(version)) => Some(Wanted::Object("application/yaml", version)),
             ("text/plain" | "text/*" | "*/*", _) if !parameters.contains_key("as") => Some(Wanted::Text),
             _ => None,
@@ -187,19 +218,40 @@ fn wanted(accept: &str, kind: &str) -> Option<Wanted> {
     })
 }
 
-fn not_acceptable() -> Response<Body> {
-    let body = json!({
-        "kind": "Status",
-        "apiVersion": "v1",
-        "metadata": {},
-        "status": "Failure",
-        "message": "only the following media types are accepted: application/json, application/yaml, text/plain",
-        "reason": "NotAcceptable",
-        "code": 406,
+/// An object of the API, as its library writes one.
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Refusal {
+    kind: &'static str,
+    api_version: &'static str,
+    metadata: BTreeMap<&'static str, &'static str>,
+    status: &'static str,
+    message: &'static str,
+    reason: &'static str,
+    code: u16,
+}
+
+fn not_acceptable(headers: &HeaderMap) -> Response<Body> {
+    let refusal = Refusal {
+        kind: "Status",
+        api_version: "v1",
+        metadata: BTreeMap::new(),
+        status: "Failure",
+        message: "only the following media types are accepted: application/json, application/yaml, text/plain",
+        reason: "NotAcceptable",
+        code: 406,
+    };
+    let medias = text_of(headers, header::ACCEPT).split(',').filter_map(|clause| clause.split(';').next());
+    let media = medias.map(str::trim).find_map(|media| match media {
+        "application/json" | "application/*" | "*/*" => Some("application/json"),
+        "application/yaml" => Some("application/yaml"),
+        _ => None,
     });
-    let mut response = Response::new(Body::from(format!("{body:#}")));
+    let form = Form::of(media.unwrap_or_default(), headers);
+    let mut response = Response::new(Body::from(form.write(&refusal)));
     *response.status_mut() = StatusCode::NOT_ACCEPTABLE;
-    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    let content_type = if form == Form::Yaml { "application/yaml" } else { "application/json" };
+    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(content_type));
     response
 }
 
@@ -227,6 +279,7 @@ mod tests {
                 "application/yaml;v=v1beta1;g=config.k8s.io;as=Statusz",
                 Some(Wanted::Object("application/yaml", "v1beta1")),
             ),
+            ("*/*;v=v1beta1;g=config.k8s.io;as=Statusz", Some(Wanted::Object("application/json", "v1beta1"))),
             ("application/json;v=v1beta1;g=config.k8s.io;as=Flagz", None),
             ("application/json;v=v2;g=config.k8s.io;as=Statusz,text/plain", Some(Wanted::Text)),
         ] {
