@@ -42,6 +42,8 @@ pub struct Headers {
     pub l3: usize,
     /// Offset of the transport header.
     pub l4: usize,
+    /// Offset behind the packet, as its IP header has it; what follows there in the frame is padding.
+    pub end: usize,
 }
 
 impl Headers {
@@ -58,6 +60,7 @@ impl Headers {
         id: 0,
         l3: 0,
         l4: 0,
+        end: 0,
     };
 
     /// Whether the transport is one that Services have.
@@ -94,6 +97,11 @@ pub fn parse<P: Packet>(packet: &P, l3: usize, v6: bool, headers: &mut Headers) 
         return Some(());
     }
     transport(packet, headers)?;
+    // What stands behind the packet's end, as Ethernet's padding does, is not the packet's.
+    let needed = if headers.proto == protocol::TCP { 14 } else { 4 };
+    if headers.has_ports() && headers.l4.wrapping_add(needed) > headers.end {
+        return None;
+    }
     if headers.proto == protocol::TCP {
         let [_, flags] = packet.read::<u16>(headers.l4.wrapping_add(12))?.to_ne_bytes();
         headers.tcp = flags;
@@ -152,6 +160,7 @@ fn network_v4<P: Packet>(packet: &P, l3: usize, headers: &mut Headers) -> Option
         id: header[2] as u32,
         l3,
         l4: l3.wrapping_add(length),
+        end: end(l3, header[1]),
     };
     Some(())
 }
@@ -176,8 +185,19 @@ fn network_v6<P: Packet>(packet: &P, l3: usize, headers: &mut Headers) -> Option
         id: 0,
         l3,
         l4: l3.wrapping_add(40),
+        end: end(l3.wrapping_add(40), header[2]),
     };
     if is_extension(next) { skip_extensions(packet, headers) } else { Some(()) }
+}
+
+/// Where a packet ends by its length field, in network order, which counts from an offset. Zero stands for more than the field can
+/// say: jumbograms, and what large offloads hand around within a host (IPv6 since 5.19, IPv4 since 6.3).
+#[inline(always)]
+const fn end(from: usize, length: u16) -> usize {
+    match u16::from_be(length) {
+        0 => usize::MAX,
+        length => from.wrapping_add(length as usize),
+    }
 }
 
 /// The address that begins at this word of an IPv6 header.

@@ -6,9 +6,13 @@ use std::thread;
 use std::time::Duration;
 
 use tests::cluster::{By, Cluster, KINDS, clients, one_service_a_kind, own_addresses};
+use tests::traffic::client::echo_on;
 use tests::traffic::packet::{ends, ip_fragment, ip_packet, udp};
-use tests::traffic::socket::send_raw;
-use tests::{Agent, Client, Topology, Wiring};
+use tests::traffic::socket::{send_raw, set_option};
+use tests::{Agent, Client, Lab, Topology, Wiring};
+
+/// The MTU of links with jumbo frames.
+const JUMBO: usize = 9000;
 
 /// Enough for six fragments on a usual link.
 const LONG: usize = 8192;
@@ -63,6 +67,62 @@ fn overtakers(cluster: &Cluster) -> u64 {
 
 fn fragments_without_first(agent: &Agent) -> u64 {
     agent.cli_json(&["status"])["packets"]["fragment_without_first"].as_u64().expect("`fairlead status` has this count")
+}
+
+/// Makes every link of a lab as wide as networks with jumbo frames have them.
+fn widen(lab: &Lab) {
+    let nodes = (1..=lab.topology().nodes).map(|number| &lab.node(number).netns);
+    // The switch last: a bridge is as wide as its ports.
+    for netns in nodes.chain(lab.pods().map(|pod| &pod.netns)).chain([&lab.outside, &lab.switch]) {
+        let links = netns.exec("ip", &["-brief", "link"]).unwrap();
+        let mut names: Vec<&str> = links.lines().filter_map(|line| line.split([' ', '@']).next()).collect();
+        names.retain(|name| *name != "lo");
+        names.sort_by_key(|name| name.starts_with("br") || name.starts_with("cni"));
+        netns.ip(&names.iter().map(|name| format!("link set {name} mtu {JUMBO}")).collect::<Vec<_>>()).unwrap();
+    }
+}
+
+#[test]
+fn jumbo_frames_arrive_whole_and_so_do_their_answers() {
+    let mut wrong = Vec::new();
+    for wiring in [Wiring::Ptp, Wiring::Bridge { hairpin_mode: true, netfilter: true }] {
+        let topology = Topology { wiring, cni_rules: true, ..Topology::default() };
+        let cluster = Cluster::new(topology, &[], one_service_a_kind);
+        widen(&cluster.lab);
+        for (name, client) in clients(&cluster.lab) {
+            for (number, endpoint) in KINDS {
+                for by in By::ALL.into_iter().filter(|by| name != "outside" || *by != By::ClusterIp) {
+                    for to in by.addresses(number) {
+                        if let Err(error) = echo_unfragmented(&client, to) {
+                            wrong.push(format!("{wiring:?}: {name} to {endpoint} by {to}: {error}"));
+                        }
+                    }
+                }
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{} wrong:\n{}", wrong.len(), wrong.join("\n"));
+}
+
+/// A datagram as long as the link, which must not be fragmented, and as much over TCP.
+fn echo_unfragmented(client: &Client, to: SocketAddr) -> io::Result<()> {
+    let socket = client.udp(to)?;
+    socket.connect(to)?;
+    let headers = if to.is_ipv4() { 20 + 8 } else { 40 + 8 };
+    let (level, name, whole) = if to.is_ipv4() {
+        (libc::IPPROTO_IP, libc::IP_MTU_DISCOVER, libc::IP_PMTUDISC_DO)
+    } else {
+        (libc::IPPROTO_IPV6, libc::IPV6_MTU_DISCOVER, libc::IPV6_PMTUDISC_DO)
+    };
+    set_option(&socket, level, name, whole)?;
+    let sent = vec![7; JUMBO - headers];
+    socket.send(&sent)?;
+    let mut received = vec![0; JUMBO];
+    let length = socket.recv(&mut received)?;
+    if received[..length] != sent {
+        return Err(io::Error::other(format!("{length} bytes came back")));
+    }
+    echo_on(&mut client.connect(to)?, 3 * JUMBO as u64, 7)
 }
 
 #[test]

@@ -42,8 +42,8 @@ pub const CAUSES: &[&str] = &[
 /// What the tables are filled from.
 pub const MANIFESTS: &str = include_str!("cluster.yaml");
 
-const TCP: u8 = 6;
-const UDP: u8 = 17;
+pub const TCP: u8 = 6;
+pub const UDP: u8 = 17;
 const SCTP: u8 = 132;
 
 const FRONTENDS_V4: [(&str, u16); 12] = [
@@ -89,10 +89,14 @@ pub struct Frames {
 }
 
 /// What a packet says of itself.
-struct Ends {
-    from: SocketAddr,
-    to: SocketAddr,
-    proto: u8,
+#[derive(Clone, Copy, Debug)]
+pub struct Ends {
+    /// Who sends it.
+    pub from: SocketAddr,
+    /// To whom.
+    pub to: SocketAddr,
+    /// IP protocol number.
+    pub proto: u8,
 }
 
 impl Frames {
@@ -375,7 +379,7 @@ fn ethernet(v6: bool) -> Vec<u8> {
     frame
 }
 
-fn v4(ends: &Ends, fragment: u16, id: u16, options: usize, payload: &[u8]) -> Vec<u8> {
+pub fn v4(ends: &Ends, fragment: u16, id: u16, options: usize, payload: &[u8]) -> Vec<u8> {
     let mut header = vec![(0x45 + options / 4) as u8, 0];
     for word in [(20 + options + payload.len()) as u16, id, fragment] {
         header.extend_from_slice(&word.to_be_bytes());
@@ -389,7 +393,7 @@ fn v4(ends: &Ends, fragment: u16, id: u16, options: usize, payload: &[u8]) -> Ve
     [ethernet(false), header, payload.to_vec()].concat()
 }
 
-fn v6(ends: &Ends, next: u8, payload: &[u8]) -> Vec<u8> {
+pub fn v6(ends: &Ends, next: u8, payload: &[u8]) -> Vec<u8> {
     let mut header = vec![0x60, 0, 0, 0];
     header.extend_from_slice(&(payload.len() as u16).to_be_bytes());
     header.extend_from_slice(&[next, 64]);
@@ -398,7 +402,7 @@ fn v6(ends: &Ends, next: u8, payload: &[u8]) -> Vec<u8> {
     [ethernet(true), header, payload.to_vec()].concat()
 }
 
-fn fragment(ends: &Ends, id: u32, offset: u16, more: bool, part: &[u8]) -> Vec<u8> {
+pub fn fragment(ends: &Ends, id: u32, offset: u16, more: bool, part: &[u8]) -> Vec<u8> {
     if ends.from.is_ipv4() {
         return v4(ends, (offset / 8) | (u16::from(more) << 13), id as u16, 0, part);
     }
@@ -416,7 +420,7 @@ fn octets(address: IpAddr) -> Vec<u8> {
     }
 }
 
-fn pseudo_header(ends: &Ends, length: usize) -> Vec<u8> {
+pub fn pseudo_header(ends: &Ends, length: usize) -> Vec<u8> {
     let mut header = octets(ends.from.ip());
     header.extend(octets(ends.to.ip()));
     header.extend_from_slice(&(length as u32).to_be_bytes());
@@ -424,7 +428,7 @@ fn pseudo_header(ends: &Ends, length: usize) -> Vec<u8> {
     header
 }
 
-fn checksum(parts: &[&[u8]]) -> u16 {
+pub fn checksum(parts: &[&[u8]]) -> u16 {
     let words = parts.iter().flat_map(|part| part.chunks(2));
     let mut sum: u32 = words.map(|pair| u32::from(pair[0]) << 8 | u32::from(pair.get(1).copied().unwrap_or(0))).sum();
     while sum > 0xffff {

@@ -4,6 +4,7 @@
 #![expect(clippy::unwrap_used, reason = "a helper of a test fails as the test does")]
 
 mod frames;
+mod odd;
 mod sctp;
 
 use std::fs;
