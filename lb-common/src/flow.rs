@@ -31,6 +31,8 @@ pub enum Kind {
     Masqueraded = 2,
     /// A flow of the node itself from a port that is also a NodePort: its answers are not requests.
     Foreign = 3,
+    /// No connection either: there while one CPU puts an entry in the place of another of these ends, so that no second does.
+    Turn = 4,
 }
 
 /// Key of a flow entry.

@@ -159,11 +159,12 @@ fn keep<S: State>(key: &FlowKey, flow: &Flow, state: &mut S) -> bool {
         }
         return is_ours;
     }
-    state.insert_flow(key, flow);
-    if flow.state & state::REPLIED != 0 {
+    // Another connection may take it at this moment.
+    let is_ours = state.claim_flow(key, flow);
+    if is_ours && flow.state & state::REPLIED != 0 {
         state.confirm_flow(key, flow);
     }
-    true
+    is_ours
 }
 
 /// Tells the entries that requests meet which port of the node the connection has.

@@ -194,8 +194,7 @@ fn take_port<S: State>(key: &FlowKey, device: u32, flow: &mut Flow, state: &mut 
         };
         if is_free(flow, port, key.proto, state) {
             (flow.node_port, flow.seen) = (port, state.now());
-            // Another CPU may take it at the same time.
-            if state.claim_flow(&flow.masqueraded_key(key.proto), flow) {
+            if take(flow, key.proto, state) {
                 note_port(key.proto, flow, state);
                 return Ok(());
             }
@@ -208,16 +207,48 @@ fn take_port<S: State>(key: &FlowKey, device: u32, flow: &mut Flow, state: &mut 
         return Err(Reason::NoMasqueradePort);
     }
     flow.seen = state.now();
-    // Another CPU may have found the same one, and its entry must not be taken for the silent one's.
-    if state.flow(&flow.masqueraded_key(key.proto)).is_some_and(|holder| !holder.lends_port(key.proto, flow.seen)) {
+    if !take(flow, key.proto, state) {
         return Err(Reason::NoMasqueradePort);
-    }
-    state.remove_flow(&flow.masqueraded_key(key.proto));
-    if !state.claim_flow(&flow.masqueraded_key(key.proto), flow) {
-        return Err(Reason::FlowTableFull);
     }
     note_port(key.proto, flow, state);
     Ok(())
+}
+
+/// Makes the entry of a masqueraded tuple, in place of one that may go. False: another CPU was first.
+///
+/// Of several CPUs that want the place of one entry, the table itself lets one have a turn.
+#[inline(never)]
+fn take<S: State>(flow: &Flow, proto: u8, state: &mut S) -> bool {
+    let mut key = flow.masqueraded_key(proto);
+    if state.flow(&key).is_none() {
+        return state.claim_flow(&key, flow);
+    }
+    key.kind = Kind::Turn as u8;
+    if !state.claim_flow(&key, flow) {
+        return false;
+    }
+    key.kind = Kind::Masqueraded as u8;
+    // Who had a turn before may have it by now.
+    let may_go = state.flow(&key).is_none_or(|holder| goes_for(holder, flow, proto));
+    if may_go {
+        state.remove_flow(&key);
+    }
+    let taken = may_go && state.claim_flow(&key, flow);
+    key.kind = Kind::Turn as u8;
+    state.remove_flow(&key);
+    taken
+}
+
+/// Whether the holder of a masqueraded tuple goes where `flow` wants it.
+#[inline(always)]
+fn goes_for(holder: &Flow, flow: &Flow, proto: u8) -> bool {
+    holder.is_idle(proto, flow.seen) || holder.lends_port(proto, flow.seen) || is_own(holder, flow)
+}
+
+/// Whether the client's end of both is the same.
+#[inline(always)]
+fn is_own(holder: &Flow, flow: &Flow) -> bool {
+    holder.client.same(&flow.client) && holder.forwarded_port.be == flow.forwarded_port.be
 }
 
 #[inline(always)]
@@ -226,7 +257,7 @@ fn port_at<S: State>(number: u32, state: &S) -> Port {
     Port::new(first.wrapping_add(number.checked_rem(u32::from(ports)).unwrap_or(0) as u16))
 }
 
-/// Whether nobody has a masqueraded tuple, or who asks for it. Where somebody has who may lend it, and was silent for longer than those
+/// Whether nobody has a masqueraded tuple, or who asks for it, or a connection that is over. Where somebody has who may lend it, and was silent for longer than those
 /// before, its port and when it was seen are noted in `flow`.
 ///
 /// A tuple is left alone for a while after its connection ended, as TIME_WAIT asks, but given away before a new connection fails
@@ -236,10 +267,7 @@ fn is_free<S: State>(flow: &mut Flow, port: Port, proto: u8, state: &mut S) -> b
     let key = FlowKey::new(Kind::Masqueraded, flow.node, port, flow.endpoint, flow.endpoint_port, proto);
     let now = state.now();
     let Some(holder) = state.flow(&key) else { return true };
-    if holder.is_idle(proto, now)
-        || holder.client.same(&flow.client) && holder.forwarded_port.be == flow.forwarded_port.be
-    {
-        state.remove_flow(&key);
+    if holder.is_idle(proto, now) || is_own(holder, flow) {
         return true;
     }
     let is_first = flow.node_port.be == 0;

@@ -5,6 +5,7 @@
 
 mod frames;
 mod odd;
+mod race;
 mod sctp;
 
 use std::fs;
@@ -62,6 +63,7 @@ const fn code(action: Action) -> u32 {
 /// The programs, with the tables that the real stages have filled.
 struct Loaded {
     dir: TempDir,
+    options: Options,
     programs: Programs,
     pinned: Pinned,
     counters: Vec<u64>,
@@ -69,10 +71,15 @@ struct Loaded {
 
 impl Loaded {
     fn new() -> Self {
+        Self::with(frames::MANIFESTS, Options::default())
+    }
+
+    /// With objects and options of one's own.
+    fn with(manifests: &str, options: Options) -> Self {
         let dir = TempDir::with_prefix("fairlead").unwrap();
         let objects = dir.path().join("manifests");
         fs::create_dir(&objects).unwrap();
-        fs::write(objects.join("all.yaml"), frames::MANIFESTS).unwrap();
+        fs::write(objects.join("all.yaml"), manifests).unwrap();
         let mut pipeline = Pipeline::new("node1", NodeOptions::default(), Image::default());
         let update = manifests::read_all(&objects).unwrap();
         assert!(update.problems.is_empty(), "{:?}", update.problems);
@@ -92,34 +99,24 @@ impl Loaded {
             flows: 65_536,
             // As the host's half, which always remembers who is a client outside.
             reply_mark: Mark { value: 0x80, mask: 0x80 },
-            ..Options::default()
+            ..options
         };
         let mut kernel = Kernel::open(options.clone()).unwrap();
         kernel.apply(&writes).unwrap();
         drop(kernel);
-        let (generation, flows, _) = folder::current(&bpffs).unwrap();
-        let constants = Constants::new(&options).unwrap();
-        let programs = Programs::load(&generation, &flows, &Capacity::default(), &constants, &options).unwrap();
+        let programs = load(&options);
         let pinned = Pinned::open(&bpffs).unwrap();
         let counters = pinned.counters().unwrap();
-        Self { dir, programs, pinned, counters }
+        Self { dir, options, programs, pinned, counters }
     }
 
     /// Runs one program on a frame: its verdict, its cause, what has become of the frame.
     fn run(&mut self, way: Way, frame: &[u8]) -> (u32, Option<&'static str>, Vec<u8>) {
-        let name = match way {
-            Way::In => "ingress",
-            Way::Out => "egress",
-        };
-        let mut out = vec![0; 4096];
-        let options = TestRunOptions { data_in: Some(frame), data_out: Some(&mut out), ..TestRunOptions::default() };
-        let program = self.programs.classifier(name, true).unwrap();
-        let result = program.test_run(options).unwrap_or_else(|error| panic!("{name} of {frame:02x?}: {error:?}"));
-        out.truncate(result.data_size_out as usize);
+        let (verdict, out) = run(&mut self.programs, way, frame);
         let counters = self.pinned.counters().unwrap();
         let counted = counters.iter().zip(&self.counters).position(|(after, before)| after != before);
         self.counters = counters;
-        (result.return_value, counted.map(|index| Reason::ALL[index].as_str()), out)
+        (verdict, counted.map(|index| Reason::ALL[index].as_str()), out)
     }
 
     fn flows(&self) -> Vec<(FlowKey, Flow)> {
@@ -136,6 +133,27 @@ impl Drop for Loaded {
         let _ = cleanup(&bpffs);
         let _ = unmount(&bpffs, UnmountFlags::DETACH);
     }
+}
+
+/// The programs once more, on the tables that are there.
+fn load(options: &Options) -> Programs {
+    let (generation, flows, _) = folder::current(&options.bpffs).unwrap();
+    let constants = Constants::new(options).unwrap();
+    Programs::load(&generation, &flows, &Capacity::default(), &constants, options).unwrap()
+}
+
+/// Runs a program on a frame: its verdict, what has become of the frame.
+fn run(programs: &mut Programs, way: Way, frame: &[u8]) -> (u32, Vec<u8>) {
+    let name = match way {
+        Way::In => "ingress",
+        Way::Out => "egress",
+    };
+    let mut out = vec![0; 4096];
+    let options = TestRunOptions { data_in: Some(frame), data_out: Some(&mut out), ..TestRunOptions::default() };
+    let program = programs.classifier(name, true).unwrap();
+    let result = program.test_run(options).unwrap_or_else(|error| panic!("{name} of {frame:02x?}: {error:?}"));
+    out.truncate(result.data_size_out as usize);
+    (result.return_value, out)
 }
 
 /// Without the time, in which the two may differ by one.
