@@ -122,7 +122,7 @@ fn echo_unfragmented(client: &Client, to: SocketAddr) -> io::Result<()> {
     if received[..length] != sent {
         return Err(io::Error::other(format!("{length} bytes came back")));
     }
-    echo_on(&mut client.connect(to)?, 3 * JUMBO as u64, 7)
+    echo_on(&mut client.connect(to)?, 3 * JUMBO, 7)
 }
 
 #[test]

@@ -14,6 +14,7 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use clap::Args;
 use serde_json::{Value, json};
 use tests::bpf::{Key, PinnedMap};
+use tests::command;
 use tests::control_plane::parts;
 use tests::kube_proxy::CLUSTER_CIDR;
 use tests::manifest::Service;
@@ -262,6 +263,10 @@ fn measure_writes(options: &Options, size: Size, lab: &Lab, server: &WatchServer
     };
     let before = count()?;
     let mut times = Vec::new();
+    // Looking without a pause takes one of the processors: whoever has work must get it at once.
+    // This runs on the process's first thread, which has its number.
+    let me = std::process::id().to_string();
+    command::run("chrt", &["--idle", "--pid", "0", &me])?;
     for _ in 0..options.writes {
         interrupt::check()?;
         thread::sleep(SHORT_PAUSE);
@@ -272,6 +277,7 @@ fn measure_writes(options: &Options, size: Size, lab: &Lab, server: &WatchServer
         }
         times.push(begin.elapsed());
     }
+    command::run("chrt", &["--other", "--pid", "0", &me])?;
     thread::sleep(SHORT_PAUSE);
     let after = count()?;
     times.sort();
