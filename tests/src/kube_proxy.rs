@@ -1,6 +1,7 @@
 //! The real kube-proxy, to compare with. In: a lab's node, a kubeconfig, a mode. Out: a process that serves the node until dropped;
 //! its rules go with the node.
 
+use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
@@ -81,6 +82,32 @@ pub fn rules(node: &Node) -> Result<String> {
         text += &node.netns.exec(program, arguments)?;
     }
     Ok(text)
+}
+
+/// Every chain that is not netfilter's own, every rule of netfilter's tables as `iptables` shows them, and every table that it doesn't.
+pub fn chains_and_rules(node: &Node) -> Result<BTreeSet<String>> {
+    let mut all = BTreeSet::new();
+    for program in ["iptables-save", "ip6tables-save"] {
+        let mut table = String::new();
+        for line in node.netns.exec(program, &[])?.lines() {
+            if line.starts_with('*') {
+                line.clone_into(&mut table);
+            } else if let Some((chain, "-")) =
+                line.strip_prefix(':').and_then(|rest| rest.rsplit_once(" [")?.0.rsplit_once(' '))
+            {
+                all.insert(format!("{program} {table} :{chain}"));
+            } else if line.starts_with("-A ") {
+                all.insert(format!("{program} {table} {line}"));
+            }
+        }
+    }
+    let tables = node.netns.exec("nft", &["list", "tables"])?;
+    let of_iptables = |table: &&str| {
+        let words: Vec<&str> = table.split(' ').collect();
+        matches!(words[..], ["table", "ip" | "ip6", "raw" | "mangle" | "nat" | "filter" | "security"])
+    };
+    all.extend(tables.lines().filter(|table| !of_iptables(table)).map(str::to_owned));
+    Ok(all)
 }
 
 impl Drop for KubeProxy {

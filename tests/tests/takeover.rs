@@ -2,7 +2,7 @@
 
 #![expect(clippy::unwrap_used, reason = "a helper of a test fails as the test does")]
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use tests::cluster::{By, Cluster, TARGET, addressed, one_service_a_kind};
 use tests::command;
 use tests::kube_proxy::{self, CLUSTER_CIDR};
+use tests::lab::Node;
 use tests::manifest::{PodObject, Service, node_object};
 use tests::traffic::client::{ask_on, echo_on};
 use tests::traffic::socket::connect_tcp;
@@ -200,6 +201,62 @@ fn broken(streams: &mut [(&'static str, TcpStream)]) -> BTreeMap<&'static str, u
     broken
 }
 
+/// What kubelet and network plugins write, some of it by names that kube-proxy's resemble.
+fn plant_rules_of_others(node: &Node) {
+    let text = "*mangle
+:KUBE-IPTABLES-HINT - [0:0]
+:KUBE-KUBELET-CANARY - [0:0]
+COMMIT
+*nat
+:KUBE-KUBELET-CANARY - [0:0]
+:KUBE-HOSTPORTS - [0:0]
+:KUBE-SERVICES-OF-ANOTHER - [0:0]
+:CNI-HOSTPORT-DNAT - [0:0]
+-A PREROUTING -m addrtype --dst-type LOCAL -j CNI-HOSTPORT-DNAT
+-A CNI-HOSTPORT-DNAT -p tcp -m tcp --dport 9 -m comment --comment KUBE-SVC-LOOKALIKE -j RETURN
+COMMIT
+*filter
+:KUBE-FIREWALL - [0:0]
+:KUBE-KUBELET-CANARY - [0:0]
+:KUBE-NWPLCY-ABCDEF - [0:0]
+:KUBE-POD-FW-ABCDEF - [0:0]
+:KUBE-ROUTER-FORWARD - [0:0]
+-A INPUT -j KUBE-FIREWALL
+-A OUTPUT -j KUBE-FIREWALL
+-A FORWARD -m comment --comment \"kube-router netpol - 4IA2OSFRMVNDXBVV\" -j KUBE-ROUTER-FORWARD
+-A KUBE-ROUTER-FORWARD -m comment --comment \"to KUBE-POD-FW-ABCDEF\" -j KUBE-POD-FW-ABCDEF
+-A KUBE-POD-FW-ABCDEF -j KUBE-NWPLCY-ABCDEF
+COMMIT
+";
+    // kubelet's rule, which kube-proxy writes too, and leaves.
+    let localnet = "*filter
+-A KUBE-FIREWALL ! -s 127.0.0.0/8 -d 127.0.0.0/8 -m comment --comment \"block incoming localnet connections\" \\
+  -m conntrack ! --ctstate RELATED,ESTABLISHED,DNAT -j DROP
+COMMIT
+"
+    .replace(" \\\n ", "");
+    for (program, text) in [("iptables-restore", text), ("ip6tables-restore", text), ("iptables-restore", &localnet)] {
+        command::run_with_input("ip", &["netns", "exec", node.netns.name(), program, "--noflush"], text).unwrap();
+    }
+    let table =
+        "table inet kube-proxy-of-another {\n chain services {\n }\n}\ntable ip kube-router {\n chain x {\n }\n}\n";
+    command::run_with_input("ip", &["netns", "exec", node.netns.name(), "nft", "-f", "-"], table).unwrap();
+}
+
+/// Waits until a node has these chains and rules, and no others.
+fn wait_for_rules(node: &Node, want: &BTreeSet<String>, when: &str) {
+    let start = Instant::now();
+    loop {
+        let rules = kube_proxy::chains_and_rules(node).unwrap();
+        if rules == *want {
+            return;
+        }
+        let [gone, more] = [want.difference(&rules), rules.difference(want)].map(|rules| rules.collect::<Vec<_>>());
+        assert!(start.elapsed() < Duration::from_secs(10), "{when}: gone: {gone:#?}\nmore: {more:#?}");
+        thread::sleep(Duration::from_millis(50));
+    }
+}
+
 /// kube-proxy → Fairlead → kube-proxy, as `docs/install.md` says it.
 fn there_and_back(mode: &str) {
     let lab = Lab::new(Topology { cni_rules: true, ..Topology::default() });
@@ -223,6 +280,9 @@ fn there_and_back(mode: &str) {
     let addresses: Vec<&str> = addresses.iter().flatten().map(String::as_str).collect();
     let ways = ways(&lab);
 
+    plant_rules_of_others(node);
+    let of_others = kube_proxy::chains_and_rules(node).unwrap();
+    assert!(of_others.len() > 30, "{of_others:#?}");
     let kubeconfig = plane.kubeconfig("proxy");
     let first = KubeProxy::start(&lab, node, &kubeconfig, mode).unwrap();
     first.wait_written(node, &addresses).unwrap();
@@ -234,11 +294,7 @@ fn there_and_back(mode: &str) {
     let cidr = format!("--cluster-cidr={CLUSTER_CIDR}");
     let flags = [&*proxy_mode, &*cidr, "--detect-local-mode=ClusterCIDR"];
     let mut agent = Agent::start_on_api_server(&lab, node, &kubeconfig, &flags);
-    let start = Instant::now();
-    while addresses.iter().any(|address| kube_proxy::rules(node).unwrap().contains(address)) {
-        assert!(start.elapsed() < Duration::from_secs(10), "kube-proxy's rules are still there");
-        thread::sleep(Duration::from_millis(50));
-    }
+    wait_for_rules(node, &of_others, "once Fairlead is there");
     assert_eq!(broken(&mut of_kube_proxy), BTreeMap::new(), "kube-proxy's, once Fairlead is there");
     let mut of_fairlead = open_all(&ways);
 
@@ -269,6 +325,12 @@ fn there_and_back(mode: &str) {
     let lost: BTreeMap<_, _> = ways.iter().filter(|way| way.masqueraded.is_some()).map(|way| (way.name, 20)).collect();
     assert_eq!(broken(&mut of_fairlead), lost, "Fairlead's, once it is gone");
     let _ = open_all(&ways);
+
+    drop(second);
+    assert!(kube_proxy::chains_and_rules(node).unwrap().len() > of_others.len(), "what kube-proxy left");
+    let output = agent.cli(&["--cleanup"]);
+    assert!(output.status.success(), "fairlead --cleanup: {}", String::from_utf8_lossy(&output.stderr));
+    wait_for_rules(node, &of_others, "after --cleanup");
 }
 
 #[test]
