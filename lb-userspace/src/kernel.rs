@@ -463,6 +463,13 @@ impl Kernel {
                 cgroup.path.display()
             ));
         }
+        if self.folder.is_private() {
+            problems.push(format!(
+                "tables: no bpffs of the host is mounted at {} (--bpffs), so the data plane ends with this container; mount \
+                 the host's /sys/fs/bpf",
+                self.folder.root().display()
+            ));
+        }
         if self.options.socket_lb != SocketLb::All {
             problems.extend(snapshot.shared_wires());
         }

@@ -171,7 +171,7 @@ mount -t cgroup2 cgroup2 "$1" && shift && exec "$@"
 "#;
 
 #[test]
-fn an_agent_that_is_shown_a_part_of_the_cgroups_says_so() {
+fn an_agent_in_a_container_without_the_hosts_cgroups_and_bpffs_says_so() {
     let lab = Lab::new(Topology::default());
     let node = lab.node(1);
     // For its command line; the agent is the one below.
@@ -198,6 +198,7 @@ fn an_agent_that_is_shown_a_part_of_the_cgroups_says_so() {
     agent.cleanup();
     let problems = status["problems"].to_string();
     assert!(problems.contains("is the root of a cgroup namespace") && problems.contains("--cgroup"), "{status}");
+    assert!(problems.contains("the data plane ends with this container"), "{status}");
 }
 
 /// The MAC address of a device.

@@ -129,8 +129,8 @@ fn known<P: Packet, S: State>(
     if flow.is_idle(headers.proto, now) {
         return None;
     }
-    // TCP stays with an endpoint that is gone, as kube-proxy's does; only a new connection must not (`pitfalls.md` P1).
-    let mut asks_endpoint = headers.proto != protocol::TCP;
+    // TCP and SCTP stay with an endpoint that is gone, as kube-proxy's do; only a new connection must not (`pitfalls.md` P1).
+    let mut asks_endpoint = headers.proto == protocol::UDP || opens_association(packet, headers);
     let mut closes = false;
     if headers.proto == protocol::TCP {
         if headers.tcp & (tcp_flags::SYN | tcp_flags::ACK) == tcp_flags::SYN {
@@ -151,7 +151,7 @@ fn known<P: Packet, S: State>(
         if !holds(headers, scratch, state) {
             return None;
         }
-    } else if state.terminates() && is_cut_off(headers, scratch, state) {
+    } else if headers.proto == protocol::TCP && state.terminates() && is_cut_off(headers, scratch, state) {
         close(&key, state::RESET, scratch, state);
         return Some(terminate(packet, hook, headers, state));
     }
@@ -168,6 +168,12 @@ fn known<P: Packet, S: State>(
         return Some(Action::Drop(Reason::Internal));
     }
     Some(if bridge == 0 { Action::Next(Reason::Established) } else { Action::Bridge(bridge, Reason::Established) })
+}
+
+/// Whether a packet is the first of an SCTP association: the chunk INIT alone has the verification tag 0 (RFC 9260 §8.5.1).
+#[inline(always)]
+fn opens_association<P: Packet>(packet: &P, headers: &Headers) -> bool {
+    headers.proto == protocol::SCTP && packet.read::<[u16; 2]>(headers.l4.wrapping_add(4)) == Some([0, 0])
 }
 
 /// Whether a flow goes on as it is: its endpoint serves, and the packet's destination is the same Service port's still. An

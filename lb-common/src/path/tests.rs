@@ -17,7 +17,7 @@ use crate::{
     flow::{Kind, tcp_flags},
     layout::{
         Cover, Device, Endpoint, Frontend, FrontendKey, PrefixKey, Range, bit_index, endpoint_flags, frontend_flags,
-        node_flags, protocol,
+        node_flags, protocol, settings_flags,
     },
     memory::Machine,
     packet::Packet as _,
@@ -120,7 +120,7 @@ fn add_service(machine: &mut Machine, id: u32, service: SocketAddr, endpoints: &
         tables.endpoint_bits.insert(bit_index(&addr, port));
     }
     let range = Range { offset, len: endpoints.len() as u32 };
-    for proto in [protocol::TCP, protocol::UDP] {
+    for proto in [protocol::TCP, protocol::UDP, protocol::SCTP] {
         let key = FrontendKey::new(service.ip().into(), Port::new(service.port()), proto);
         tables
             .frontends
@@ -134,6 +134,8 @@ fn add_service(machine: &mut Machine, id: u32, service: SocketAddr, endpoints: &
 enum Segment {
     Tcp(u8),
     Udp,
+    /// With this verification tag, and a checksum that is left to the device.
+    Sctp(u32),
 }
 
 fn frame(from: SocketAddr, to: SocketAddr, segment: Segment) -> Vec<u8> {
@@ -162,6 +164,11 @@ fn frame(from: SocketAddr, to: SocketAddr, segment: Segment) -> Vec<u8> {
             tcp.write(&mut bytes, b"data").unwrap();
         }
         Segment::Udp => ip.udp(from.port(), to.port()).write(&mut bytes, b"data").unwrap(),
+        Segment::Sctp(tag) => {
+            let ports = [from.port().to_be_bytes(), to.port().to_be_bytes()].concat();
+            let packet = [&ports[..], &tag.to_be_bytes(), &[0; 4], b"data"].concat();
+            ip.write(&mut bytes, etherparse::IpNumber::SCTP, &packet).unwrap();
+        }
     }
     bytes
 }
@@ -178,7 +185,12 @@ fn ends(frame: &[u8]) -> (SocketAddr, SocketAddr) {
         NetSlice::Ipv6(ip) => (ip.header().source_addr().into(), ip.header().destination_addr().into()),
         NetSlice::Arp(_) => panic!("ARP"),
     };
-    let (sport, dport) = match sliced.transport.as_ref().unwrap() {
+    let Some(transport) = sliced.transport.as_ref() else {
+        let bytes = sliced.net.as_ref().unwrap().ip_payload_ref().unwrap().payload;
+        let port = |at: usize| u16::from_be_bytes([bytes[at], bytes[at + 1]]);
+        return (SocketAddr::new(from, port(0)), SocketAddr::new(to, port(2)));
+    };
+    let (sport, dport) = match transport {
         TransportSlice::Tcp(tcp) => {
             let sum = match (from, to) {
                 (IpAddr::V4(from), IpAddr::V4(to)) => tcp.calc_checksum_ipv4(from.octets(), to.octets()),
@@ -227,6 +239,8 @@ fn cross(machine: &mut Machine, from: SocketAddr, to: SocketAddr, segment: Segme
     ends(&frame)
 }
 
+const INIT: Segment = Segment::Sctp(0);
+const DATA: Segment = Segment::Sctp(7);
 const SYN: Segment = Segment::Tcp(tcp_flags::SYN);
 const ACK: Segment = Segment::Tcp(tcp_flags::ACK);
 const FIN: Segment = Segment::Tcp(tcp_flags::FIN | tcp_flags::ACK);
@@ -259,12 +273,40 @@ fn a_udp_flow_moves_when_its_endpoint_goes() {
 }
 
 #[test]
+fn an_association_stays_when_its_endpoint_or_its_service_goes_and_a_new_one_does_not() {
+    for case in [V4, V6] {
+        for terminates in [false, true] {
+            let mut machine = case.machine(0);
+            if terminates {
+                machine.tables.settings.flags = settings_flags::TERMINATE;
+            }
+            cross(&mut machine, case.client(), case.service(), INIT);
+            cross(&mut machine, case.endpoint(), case.client(), DATA);
+            machine.tables.endpoints.get_mut(&100).unwrap().flags = 0;
+            let new = SocketAddr::new(case.endpoint().ip(), 9999);
+            add_service(&mut machine, 2, case.service(), &[new], 0);
+            let stays = (case.client(), case.endpoint());
+            assert_eq!(cross(&mut machine, case.client(), case.service(), DATA), stays);
+            machine.tables.frontends.clear();
+            assert_eq!(cross(&mut machine, case.client(), case.service(), DATA), stays);
+            add_service(&mut machine, 2, case.service(), &[new], 0);
+            assert_eq!(cross(&mut machine, case.client(), case.service(), INIT), (case.client(), new));
+            assert_eq!(cross(&mut machine, case.client(), case.service(), DATA), (case.client(), new));
+        }
+    }
+}
+
+#[test]
 fn a_flow_goes_where_its_address_goes_but_an_established_connection_stays() {
     for case in [V4, V6] {
         let new = SocketAddr::new(case.endpoint().ip(), 9999);
-        for (segment, next, expected) in
-            [(Segment::Udp, Segment::Udp, new), (SYN, SYN, new), (SYN, ACK, case.endpoint())]
-        {
+        for (segment, next, expected) in [
+            (Segment::Udp, Segment::Udp, new),
+            (SYN, SYN, new),
+            (SYN, ACK, case.endpoint()),
+            (INIT, INIT, new),
+            (INIT, DATA, case.endpoint()),
+        ] {
             let mut machine = case.machine(0);
             cross(&mut machine, case.client(), case.service(), segment);
             // The old endpoint serves on, by other addresses of its Service.

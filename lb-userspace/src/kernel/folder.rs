@@ -42,6 +42,7 @@ pub struct Folder {
     root: PathBuf,
     /// The lock is on the folder itself, so that agents in other containers meet it too.
     lock: File,
+    is_private: bool,
 }
 
 impl Drop for Folder {
@@ -56,7 +57,7 @@ impl Folder {
     pub fn open(root: &Path) -> Result<Self> {
         mount_bpffs(root)?;
         let lock = lock(root)?;
-        let folder = Self { root: root.to_owned(), lock };
+        let folder = Self { root: root.to_owned(), lock, is_private: is_private(root) };
         for dir in [folder.maps(), folder.flows(), folder.links()] {
             fs::create_dir_all(&dir).with_context(|| format!("cannot make {}", dir.display()))?;
         }
@@ -65,6 +66,11 @@ impl Folder {
 
     fn version(&self) -> PathBuf {
         version_of(&self.root)
+    }
+
+    /// Whether the pins are in a bpffs that ends with this process's container, and the data plane with them.
+    pub fn is_private(&self) -> bool {
+        self.is_private
     }
 
     /// The path that was given.
@@ -164,6 +170,17 @@ fn mount_bpffs(root: &Path) -> Result<()> {
             })?;
     }
     fs::create_dir_all(root).with_context(|| format!("cannot make {} (--bpffs)", root.display()))
+}
+
+/// Whether an agent has mounted the bpffs that has this folder, in a mount namespace that is not the machine's: of a container that
+/// is not shown the host's.
+fn is_private(root: &Path) -> bool {
+    let text = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    let is_ours =
+        mounts(&text).any(|mount| mount.source == MOUNT_SOURCE && mount.kind == "bpf" && root.starts_with(mount.point));
+    let namespace = |process: &str| fs::read_link(format!("/proc/{process}/ns/mnt")).ok();
+    // The first process of a container's PID namespace, where it has one, is its own.
+    is_ours && (std::process::id() == 1 || namespace("1").is_some_and(|first| Some(first) != namespace("self")))
 }
 
 fn lock(root: &Path) -> Result<File> {

@@ -110,11 +110,10 @@ impl SliceState {
 impl EndpointState {
     fn new(endpoint: &SliceEndpoint, addr: IpAddr, interner: &mut Interner) -> Self {
         let conditions = &endpoint.conditions;
-        let ready = conditions.ready.unwrap_or(true);
         Self {
             addr,
-            ready,
-            serving: conditions.serving.unwrap_or(ready),
+            ready: conditions.ready.unwrap_or(true),
+            serving: conditions.serving.unwrap_or(true),
             terminating: conditions.terminating.unwrap_or(false),
             node: endpoint.node_name.as_deref().filter(|node| !node.is_empty()).map(|node| interner.text(node)),
             hints: endpoint.hints.as_ref().and_then(|hints| Hints::new(hints, interner)),

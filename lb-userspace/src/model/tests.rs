@@ -75,7 +75,10 @@ fn conditions_of_slices_have_kube_proxys_defaults() {
     for (conditions, expected) in [
         (json!(null), "RS"),
         (json!({}), "RS"),
-        (json!({"ready": false}), ""),
+        (json!({"ready": false}), "S"),
+        (json!({"ready": false, "terminating": true}), "ST"),
+        (json!({"ready": false, "serving": false, "terminating": true}), "T"),
+        (json!({"serving": false}), "R"),
         (json!({"ready": false, "serving": true, "terminating": true}), "ST"),
         (json!({"ready": true, "serving": null, "terminating": null}), "RS"),
     ] {

@@ -291,9 +291,9 @@ impl Choices {
     /// Ranges and flags of a ClusterIP.
     fn inside(&self, detects_local: bool, node: &NodeView) -> (Arc<[u32]>, Arc<[u32]>, u32) {
         let masquerade = if node.masquerade_all {
-            frontend_flags::MASQUERADE
+            frontend_flags::MASQUERADE | kept(node)
         } else if detects_local {
-            frontend_flags::MASQUERADE_UNDETECTED
+            frontend_flags::MASQUERADE_UNDETECTED | kept(node)
         } else {
             0
         };
@@ -312,10 +312,14 @@ impl Choices {
             let drops = if self.has_any { frontend_flags::EXTERNAL_DROP } else { 0 };
             (self.cluster.clone(), self.local.clone(), frontend_flags::EXTERNAL_LOCAL | drops)
         } else {
-            let kept = if node.preserve_client_ip { frontend_flags::PRESERVE_LOCAL } else { 0 };
-            (self.cluster.clone(), self.cluster.clone(), frontend_flags::MASQUERADE | kept)
+            (self.cluster.clone(), self.cluster.clone(), frontend_flags::MASQUERADE | kept(node))
         }
     }
+}
+
+/// Where a frontend masquerades: whether it leaves alone what goes to an endpoint of this node (`--preserve-client-ip`).
+const fn kept(node: &NodeView) -> u32 {
+    if node.preserve_client_ip { frontend_flags::PRESERVE_LOCAL } else { 0 }
 }
 
 fn add_frontends(

@@ -157,7 +157,7 @@ impl Cluster<'_> {
         if set.is_empty() {
             return if has_any { Fate::Drop } else { Fate::Reject };
         }
-        let kept = self.node.preserve_client_ip && !internal && !local_policy("externalTrafficPolicy");
+        let kept = self.node.preserve_client_ip && (internal || !local_policy("externalTrafficPolicy"));
         let seen = |endpoint: &&Endpoint| {
             // M8; ours: `--preserve-client-ip`.
             let masquerade = masquerade && !(kept && endpoint.local) || endpoint.addr.ip() == packet.from;
@@ -281,7 +281,7 @@ impl Cluster<'_> {
             found.extend(numbers.iter().map(|number| Endpoint {
                 addr: SocketAddr::new(addr, *number),
                 ready,
-                serving: conditions["serving"].as_bool().unwrap_or(ready),
+                serving: conditions["serving"].as_bool().unwrap_or(true),
                 terminating: conditions["terminating"].as_bool().unwrap_or(false),
                 local: endpoint["nodeName"] == self.node.name,
                 zones: names("forZones"),

@@ -1,7 +1,6 @@
 //! The life of a TCP connection, as its segments tell it to a [`Machine`].
 
 use super::*;
-use crate::layout::settings_flags;
 
 const RST: Segment = Segment::Tcp(tcp_flags::RST);
 

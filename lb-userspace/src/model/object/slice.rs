@@ -44,7 +44,7 @@ pub struct SliceEndpoint {
 pub struct EndpointConditions {
     /// Absent is true.
     pub ready: Option<bool>,
-    /// Absent is `ready`.
+    /// Absent is true, also where `ready` is false (`kube-proxy.md` §1.2).
     pub serving: Option<bool>,
     /// Absent is false.
     pub terminating: Option<bool>,
