@@ -68,9 +68,13 @@ pub struct Ends {
     pub proto: u8,
 }
 
-/// Whether a frontend may be meant: asked before the socket gets storage.
+/// Whether a frontend may be meant: asked before the socket gets storage. `is_node`: the socket is in the node's own network
+/// namespace; localhost is another in every other.
 #[inline(always)]
-pub fn may_be_translated<T: Tables>(ends: &Ends, tables: &T) -> bool {
+pub fn may_be_translated<T: Tables>(ends: &Ends, is_node: bool, tables: &T) -> bool {
+    if !is_node && ends.addr.is_loopback() {
+        return false;
+    }
     tables.may_be_frontend(&ends.addr, ends.port)
         || tables.may_be_frontend(&ends.addr.unspecified(), ends.port)
         || tables.may_be_frontend(&ends.addr, Port::ZERO)
@@ -246,6 +250,18 @@ mod tests {
         let client = namespace_client(&ends.addr, 0);
         let reason = translate(&mut ends, &client, hash, false, pairs, machine);
         (ends, reason)
+    }
+
+    #[test]
+    fn localhost_is_a_frontend_in_the_nodes_own_namespace_alone() {
+        let ends =
+            Ends { addr: Addr::from(core::net::Ipv4Addr::LOCALHOST), port: Port::new(30_080), proto: protocol::TCP };
+        let mut tables = crate::memory::Memory::default();
+        tables.frontend_bits.insert(crate::layout::bit_index(&ends.addr.unspecified(), ends.port));
+        assert!(may_be_translated(&ends, true, &tables));
+        assert!(!may_be_translated(&ends, false, &tables), "a pod's localhost is its own");
+        let elsewhere = Ends { addr: Addr::from(core::net::Ipv4Addr::new(10, 99, 0, 11)), ..ends };
+        assert!(may_be_translated(&elsewhere, false, &tables));
     }
 
     #[test]

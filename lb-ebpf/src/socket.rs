@@ -155,7 +155,7 @@ fn send(ctx: &SockAddrContext, family: Family) -> i32 {
 fn apply(ctx: &SockAddrContext, family: Family, hash: u32, connects: bool) -> i32 {
     let mut ends = ends(ctx, family);
     let maps = Maps::of_socket(ctx.sock_addr);
-    if !socket::may_be_translated(&ends, &maps) {
+    if !socket::may_be_translated(&ends, cookie(ctx) == NETNS_COOKIE.load(), &maps) {
         return ALLOW;
     }
     match translate(ctx, &mut ends, hash, connects) {

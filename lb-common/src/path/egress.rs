@@ -32,7 +32,11 @@ pub fn egress<P: Packet, S: State>(packet: &mut P, hook: &Hook, scratch: &mut Sc
     }
     let headers = core::hint::black_box(headers);
     if !headers.has_ports() {
-        return icmp::egress(packet, headers, quoted, state).unwrap_or(Action::Next(Reason::NotService));
+        return match icmp::egress(packet, headers, quoted, state) {
+            Some(action) => action,
+            None if hook.from_node => other(packet, headers, question, state),
+            None => Action::Next(Reason::NotService),
+        };
     }
     if !matches!(headers.part, Part::Whole) && !complete_fragment(headers, At::Egress, state) {
         return Action::Next(Reason::NotService);
@@ -65,6 +69,27 @@ fn dropped<S: State>(headers: &Headers, question: &mut Question, state: &S) -> O
     match classify(core::hint::black_box(question), state) {
         Class::Drop(reason) => Some(reason),
         Class::Forward(_) | Class::Reject(_) | Class::Pass(_) => None,
+    }
+}
+
+/// Protocols without ports that the node itself sends to a ClusterIP, or to an address that no Service has: they must not get out.
+#[inline(never)]
+fn other<P: Packet, S: State>(packet: &P, headers: &Headers, question: &mut Question, state: &S) -> Action {
+    let may_be_ours = state.may_be_frontend(&headers.dst, Port::ZERO) || state.in_service_cidr(&headers.dst);
+    if !may_be_ours || headers.proto == protocol::ICMPV6 && icmp::is_neighbour_discovery(packet, headers) {
+        return Action::Next(Reason::NotService);
+    }
+    *question = Question {
+        src: headers.src,
+        dst: headers.dst,
+        dport: Port::ZERO,
+        proto: headers.proto,
+        from_node: true,
+        device: 0,
+    };
+    match classify(core::hint::black_box(question), state) {
+        Class::Reject(reason) | Class::Drop(reason) => Action::Drop(reason),
+        Class::Forward(_) | Class::Pass(_) => Action::Next(Reason::NotService),
     }
 }
 

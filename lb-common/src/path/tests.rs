@@ -540,6 +540,63 @@ fn what_the_policy_drops_does_not_leave_the_node_by_its_own_processes() {
 }
 
 #[test]
+fn pings_of_the_node_to_services_do_not_get_out_and_neighbour_discovery_does() {
+    for case in [V4, V6] {
+        let mut machine = case.machine(0);
+        let unallocated = SocketAddr::new(case.client().ip(), 9);
+        let key = PrefixKey { prefix_len: 160, service: 0, addr: unallocated.ip().into() };
+        machine.tables.service_cidrs.insert(key);
+        (machine.tables.settings.cidrs_v4, machine.tables.settings.cidrs_v6) = (Cover::EVERYTHING, Cover::EVERYTHING);
+        let refusing = FrontendKey::any_port(case.service().ip().into());
+        let flags = frontend_flags::ANY_PORT;
+        machine.tables.frontends.insert(refusing, Frontend { flags, ..Frontend::default() });
+        machine.tables.frontend_bits.insert(bit_index(&refusing.addr, Port::ZERO));
+        let elsewhere = case.endpoint();
+        // ICMP's types: echo, and a neighbour's solicitation.
+        for (to, kind, expected) in [
+            (case.service(), 128, Some(Reason::UnknownPort)),
+            (unallocated, 128, Some(Reason::Unallocated)),
+            (elsewhere, 128, None),
+            (case.service(), 135, None),
+            (unallocated, 135, None),
+        ] {
+            let v6 = to.is_ipv6();
+            if !v6 && kind == 135 {
+                continue;
+            }
+            for from_node in [true, false] {
+                let mut packet = ping(case.node(), to.ip(), kind);
+                let before = packet.clone();
+                let hook = Hook { device: UPLINK, link_header: 14, v6, translated: false, from_node };
+                let action = egress(&mut packet, &hook, &mut Scratch::NEW.clone(), &mut machine);
+                let wanted = match expected.filter(|_| from_node) {
+                    Some(reason) => Action::Drop(reason),
+                    None => Action::Next(Reason::NotService),
+                };
+                assert_eq!((action, &packet), (wanted, &before), "{to}, type {kind}, from the node: {from_node}");
+            }
+        }
+    }
+}
+
+/// An ICMP message, of this type where it is ICMPv6; else an echo request.
+fn ping(from: IpAddr, to: IpAddr, kind: u8) -> Vec<u8> {
+    let ethernet = PacketBuilder::ethernet2([2, 0, 0, 0, 0, 1], [2, 0, 0, 0, 0, 2]);
+    let mut bytes = Vec::new();
+    match (from, to) {
+        (IpAddr::V4(from), IpAddr::V4(to)) => {
+            ethernet.ipv4(from.octets(), to.octets(), 64).icmpv4_echo_request(1, 2).write(&mut bytes, b"data").unwrap();
+        }
+        (IpAddr::V6(from), IpAddr::V6(to)) => {
+            let ip = ethernet.ipv6(from.octets(), to.octets(), 255);
+            ip.icmpv6_raw(kind, 0, [0; 4]).write(&mut bytes, &[0; 16]).unwrap();
+        }
+        _ => panic!("two families"),
+    }
+    bytes
+}
+
+#[test]
 fn refusals_go_back_to_who_asked() {
     let cases = [(SYN, true), (Segment::Udp, true), (ACK, false), (Segment::Tcp(tcp_flags::RST), false)];
     for (case, partial) in [(V4, false), (V6, false), (V4, true), (V6, true)] {
