@@ -257,7 +257,7 @@ mod tests {
         let ends =
             Ends { addr: Addr::from(core::net::Ipv4Addr::LOCALHOST), port: Port::new(30_080), proto: protocol::TCP };
         let mut tables = crate::memory::Memory::default();
-        tables.frontend_bits.insert(crate::layout::bit_index(&ends.addr.unspecified(), ends.port));
+        tables.frontend_bits.insert(bit_index(&ends.addr.unspecified(), ends.port));
         assert!(may_be_translated(&ends, true, &tables));
         assert!(!may_be_translated(&ends, false, &tables), "a pod's localhost is its own");
         let elsewhere = Ends { addr: Addr::from(core::net::Ipv4Addr::new(10, 99, 0, 11)), ..ends };

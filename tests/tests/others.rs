@@ -164,9 +164,9 @@ fn a_device_that_shares_a_wire_is_named_in_the_status_unless_all_sockets_are_ser
     }
 }
 
-/// In a container: a cgroup namespace of its own, and its cgroup v2 in place of every other one.
+/// In a container: a cgroup namespace of its own, its cgroup v2 in place of every other one, and no bpffs.
 const IN_A_CONTAINER: &str = r#"
-for mounted in $(awk '$3 == "cgroup2" { print $2 }' /proc/mounts); do umount -l "$mounted"; done
+for mounted in $(awk '$3 == "cgroup2" || $3 == "bpf" { print $2 }' /proc/mounts); do umount -l "$mounted"; done
 mount -t cgroup2 cgroup2 "$1" && shift && exec "$@"
 "#;
 
@@ -186,7 +186,10 @@ fn an_agent_in_a_container_without_the_hosts_cgroups_and_bpffs_says_so() {
     let mut child = command.spawn().unwrap();
     let start = Instant::now();
     let status = loop {
-        let output = agent.cli(&["status", "--output", "json"]);
+        // As `kubectl exec` does.
+        let mut inside = Command::new("nsenter");
+        inside.args(["--target", &child.id().to_string(), "--mount", "--net", "--"]).arg(agent.binary());
+        let output = inside.args(["status", "--output", "json", "--bpffs"]).arg(agent.bpffs()).output().unwrap();
         let status: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
         if status["ready"] == true || start.elapsed() > 4 * SOON {
             break status;

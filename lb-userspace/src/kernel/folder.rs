@@ -175,12 +175,13 @@ fn mount_bpffs(root: &Path) -> Result<()> {
 /// Whether an agent has mounted the bpffs that has this folder, in a mount namespace that is not the machine's: of a container that
 /// is not shown the host's.
 fn is_private(root: &Path) -> bool {
-    let text = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    let text = |process: &str| fs::read_to_string(format!("/proc/{process}/mountinfo")).unwrap_or_default();
+    let (own, first) = (text("self"), text("1"));
     let is_ours =
-        mounts(&text).any(|mount| mount.source == MOUNT_SOURCE && mount.kind == "bpf" && root.starts_with(mount.point));
-    let namespace = |process: &str| fs::read_link(format!("/proc/{process}/ns/mnt")).ok();
+        |mount: &Mount<'_>| mount.source == MOUNT_SOURCE && mount.kind == "bpf" && root.starts_with(&mount.point);
     // The first process of a container's PID namespace, where it has one, is its own.
-    is_ours && (std::process::id() == 1 || namespace("1").is_some_and(|first| Some(first) != namespace("self")))
+    let lasts = |mount: &Mount<'_>| std::process::id() != 1 && mounts(&first).any(|other| other.id == mount.id);
+    mounts(&own).find(is_ours).is_some_and(|mount| !first.is_empty() && !lasts(&mount))
 }
 
 fn lock(root: &Path) -> Result<File> {
@@ -232,6 +233,8 @@ pub struct Cgroup {
 /// A mount, from `/proc/self/mountinfo`.
 #[derive(Debug, PartialEq, Eq)]
 struct Mount<'a> {
+    /// No two mounts have the same, whichever namespace they are in.
+    id: &'a str,
     root: &'a str,
     point: String,
     kind: &'a str,
@@ -241,9 +244,15 @@ struct Mount<'a> {
 fn mounts(text: &str) -> impl Iterator<Item = Mount<'_>> {
     text.lines().filter_map(|line| {
         let (place, what) = line.split_once(" - ")?;
-        let mut place = place.split(' ').skip(3);
+        let mut place = place.split(' ');
         let mut what = what.split(' ');
-        Some(Mount { root: place.next()?, point: unescape(place.next()?), kind: what.next()?, source: what.next()? })
+        Some(Mount {
+            id: place.next()?,
+            root: place.nth(2)?,
+            point: unescape(place.next()?),
+            kind: what.next()?,
+            source: what.next()?,
+        })
     })
 }
 
@@ -322,7 +331,10 @@ mod tests {
         let text = "30 23 0:26 / /sys/fs/cgroup rw,nosuid shared:4 - cgroup2 cgroup2 rw,nsdelegate\n\
                     31 23 0:27 /x /a\\040b rw - bpf fairlead rw\n";
         let found: Vec<_> = mounts(text).collect();
-        assert_eq!(found[0], Mount { root: "/", point: "/sys/fs/cgroup".into(), kind: "cgroup2", source: "cgroup2" });
-        assert_eq!(found[1], Mount { root: "/x", point: "/a b".into(), kind: "bpf", source: "fairlead" });
+        assert_eq!(
+            found[0],
+            Mount { id: "30", root: "/", point: "/sys/fs/cgroup".into(), kind: "cgroup2", source: "cgroup2" }
+        );
+        assert_eq!(found[1], Mount { id: "31", root: "/x", point: "/a b".into(), kind: "bpf", source: "fairlead" });
     }
 }
