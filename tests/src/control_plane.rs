@@ -126,6 +126,11 @@ impl ControlPlane {
         Api::new(&self.netns, &self.kubeconfig("admin"))
     }
 
+    /// Where the API server is, for Pods in the network of their node.
+    pub fn server(&self) -> String {
+        format!("https://{SWITCH_V4}:{PORT}")
+    }
+
     /// The address of the name server's Service.
     pub fn dns(&self) -> &'static str {
         dns::ADDRESS

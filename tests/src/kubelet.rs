@@ -107,7 +107,8 @@ oom_score = 0
         })
     }
 
-    fn import(&self, image: &Path) -> Result<()> {
+    /// Gives it an image's archive.
+    pub fn import(&self, image: &Path) -> Result<()> {
         let mut command = self.ctr(&["images", "import"]);
         let output = command.arg(image).output().context("running ctr")?;
         let said = String::from_utf8_lossy(&output.stderr);

@@ -29,7 +29,7 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     ensure!(workspace::is_root(), "network namespaces are made and programs loaded: run `cargo xtask chaos` as root");
     interrupt::catch();
     setup::ensure()?;
-    cluster::build()?;
+    cluster::build(false)?;
     workspace::build_agent()?;
     residue::clean()?;
     let seed = options.seed.unwrap_or_else(|| {

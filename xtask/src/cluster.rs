@@ -32,7 +32,11 @@ pub struct Options {
 #[derive(Subcommand)]
 enum Action {
     /// Compile etcd and Kubernetes' parts, if that has not been done (minutes, the first time)
-    Build,
+    Build {
+        /// Also the programs of `cargo xtask conformance`
+        #[arg(long)]
+        conformance: bool,
+    },
     /// Start the control plane and an agent on each of two nodes; until Ctrl-C
     Up,
     /// End what `up` started in another terminal
@@ -42,7 +46,7 @@ enum Action {
 /// The subcommand.
 pub fn run(options: &Options) -> Result<ExitCode> {
     match options.action {
-        Action::Build => build()?,
+        Action::Build { conformance } => build(conformance)?,
         Action::Up => up()?,
         Action::Down => down()?,
     }
@@ -50,9 +54,10 @@ pub fn run(options: &Options) -> Result<ExitCode> {
 }
 
 /// Compiles the Kubernetes parts, with what that needs.
-pub fn build() -> Result<()> {
+pub fn build(conformance: bool) -> Result<()> {
     setup::ensure_cluster()?;
-    for part in [&parts::KUBE, &parts::KUBECTL, &parts::HELM] {
+    let more = if conformance { [&parts::E2E, &parts::AGNHOST, &parts::COREDNS].as_slice() } else { &[] };
+    for part in [&parts::KUBE, &parts::KUBECTL, &parts::HELM].into_iter().chain(more.iter().copied()) {
         parts::ensure_by(part, |command| process::run(&format!("compiling {}", part.name), command))?;
     }
     Ok(())
@@ -65,7 +70,7 @@ fn up() -> Result<()> {
     );
     interrupt::catch();
     setup::ensure()?;
-    build()?;
+    build(false)?;
     residue::clean()?;
     workspace::build_agent()?;
     let start = Instant::now();

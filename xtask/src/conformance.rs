@@ -1,6 +1,7 @@
 //! `cargo xtask conformance`: Kubernetes' own tests of Services, with the agent in kube-proxy's place. In: nothing; what they need is
 //! compiled from Go modules. Out: a result of each spec, and nothing left behind. The logs of the last run stay in the target folder.
 
+mod daemonset;
 mod report;
 mod specs;
 
@@ -19,6 +20,7 @@ use tests::{Agent, ControlPlane, KubeProxy, Kubelet, Lab, Topology, residue};
 
 use self::report::Report;
 use self::specs::Spec;
+use crate::image;
 use crate::interrupt;
 use crate::process;
 use crate::setup;
@@ -36,6 +38,9 @@ pub struct Options {
     /// Also with the real kube-proxy, to which the agent is compared then; or with nothing but that
     #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "beside")]
     kube_proxy: Option<Reference>,
+    /// The agent as a static binary in the container of kubeadm's DaemonSet, instead of a process on each node
+    #[arg(long)]
+    daemonset: bool,
     /// Only specs whose name matches this regular expression
     #[arg(long, default_value = "", hide_default_value = true)]
     spec: String,
@@ -102,11 +107,12 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     setup::ensure()?;
     setup::ensure_cluster()?;
     setup::ensure_nodes()?;
-    for part in [&parts::KUBE, &parts::E2E, &parts::AGNHOST, &parts::COREDNS] {
+    for part in [&parts::KUBE, &parts::KUBECTL, &parts::E2E, &parts::AGNHOST, &parts::COREDNS] {
         parts::ensure_by(part, |command| process::run(&format!("compiling {}", part.name), command))?;
     }
     residue::clean()?;
     workspace::build_agent()?;
+    let image = if options.daemonset { Some(image::build()?) } else { None };
     let modes = match options.mode {
         Some(mode) => vec![mode],
         None => vec![Mode::Iptables, Mode::Nftables],
@@ -121,7 +127,7 @@ pub fn run(options: &Options) -> Result<ExitCode> {
         for proxy in proxies {
             let name = format!("{}, {}", proxy.name(), mode.name());
             println!("{name}:");
-            let specs = run_specs(options, *proxy, mode).with_context(|| name.clone())?;
+            let specs = run_specs(options, *proxy, mode, image.as_deref()).with_context(|| name.clone())?;
             report.add(name, *proxy == Proxy::Fairlead, specs);
         }
     }
@@ -129,7 +135,9 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     Ok(if report.is_good(options.all) { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-fn run_specs(options: &Options, proxy: Proxy, mode: Mode) -> Result<Vec<Spec>> {
+/// `binary`: the static one, if the agent is to be a DaemonSet.
+fn run_specs(options: &Options, proxy: Proxy, mode: Mode, binary: Option<&Path>) -> Result<Vec<Spec>> {
+    let binary = binary.filter(|_| proxy == Proxy::Fairlead);
     let start = Instant::now();
     let logs = workspace::target().join("conformance").join(format!("{}-{}", proxy.name(), mode.name()));
     fs::create_dir_all(&logs).with_context(|| format!("creating {}", logs.display()))?;
@@ -150,10 +158,22 @@ fn run_specs(options: &Options, proxy: Proxy, mode: Mode) -> Result<Vec<Spec>> {
         interrupt::check()?;
         kubelets.push(Kubelet::start(&lab, node, &plane, &image)?);
     }
-    let running = start_proxies(&lab, &plane, proxy, mode)?;
+    let running = match binary {
+        None => start_proxies(&lab, &plane, proxy, mode)?,
+        Some(binary) => {
+            let folder = lab.folder().join("agent");
+            let archive = daemonset::build_image(&folder, binary)?;
+            kubelets.iter().try_for_each(|kubelet| kubelet.import(&archive))?;
+            daemonset::apply(&plane, mode)?;
+            Running::new()
+        }
+    };
     for kubelet in &mut kubelets {
         kubelet.wait_ready(&plane)?;
         interrupt::check()?;
+    }
+    if binary.is_some() {
+        daemonset::wait_ready(&plane)?;
     }
     println!("  {} of {} Ready after {:.0} s", kubelets.len(), lab.nodes.len(), start.elapsed().as_secs_f32());
     let specs = specs::run(&plane, &focus(options), options.nodes(), &logs);

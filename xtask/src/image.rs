@@ -3,7 +3,7 @@
 
 use std::fs::{self, File};
 use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -29,6 +29,24 @@ pub struct Options {}
 /// The subcommand.
 pub fn run(_: &Options) -> Result<ExitCode> {
     setup::ensure()?;
+    let binary = build()?;
+    let folder = workspace::target().join("image");
+    fs::copy(workspace::root().join("deploy/Containerfile"), folder.join("Containerfile"))
+        .context("copying deploy/Containerfile")?;
+    if workspace::is_root() {
+        try_alone(&folder)?;
+        println!("The binary runs where there is no other file.");
+    } else {
+        println!("Not tried without other files: that takes root.");
+    }
+    let size = fs::metadata(&binary)?.len() >> 20;
+    println!("{size} MiB, static. Build the image with a tool of yours:");
+    println!("  podman build --tag REGISTRY/fairlead:{} {}", env!("CARGO_PKG_VERSION"), folder.display());
+    Ok(ExitCode::SUCCESS)
+}
+
+/// The static binary, in a folder of its own.
+pub fn build() -> Result<PathBuf> {
     let mut build = workspace::cargo(&["build", "--release", "--package", "lb-userspace", "--target", TARGET]);
     build.env("RUSTFLAGS", "-C target-feature=+crt-static");
     process::run("building the static agent (release)", &mut build)?;
@@ -44,18 +62,7 @@ pub fn run(_: &Options) -> Result<ExitCode> {
         process::run("stripping it", Command::new(strip).arg(&binary))?;
     }
     fs::set_permissions(&binary, fs::Permissions::from_mode(0o755))?;
-    fs::copy(workspace::root().join("deploy/Containerfile"), folder.join("Containerfile"))
-        .context("copying deploy/Containerfile")?;
-    if workspace::is_root() {
-        try_alone(&folder)?;
-        println!("The binary runs where there is no other file.");
-    } else {
-        println!("Not tried without other files: that takes root.");
-    }
-    let size = fs::metadata(&binary)?.len() >> 20;
-    println!("{size} MiB, static. Build the image with a tool of yours:");
-    println!("  podman build --tag REGISTRY/fairlead:{} {}", env!("CARGO_PKG_VERSION"), folder.display());
-    Ok(ExitCode::SUCCESS)
+    Ok(binary)
 }
 
 /// Runs the binary in a folder that is the root to it: its version, and the agent until it is ready, in namespaces of its own with the

@@ -59,7 +59,7 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     }
     workspace::build_agent()?;
     if options.package.as_deref().is_none_or(|package| package == "tests") {
-        cluster::build()?;
+        cluster::build(false)?;
     }
 
     let result = run_all(options, start);

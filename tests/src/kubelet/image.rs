@@ -7,7 +7,7 @@ use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::command;
 use crate::control_plane::parts;
@@ -54,7 +54,13 @@ pub fn build(folder: &Path) -> Result<PathBuf> {
             symlink("busybox", root.join("bin").join(applet)).with_context(|| format!("linking {applet}"))?;
         }
     }
-    pack(folder, &root)
+    let configuration = json!({
+        "Entrypoint": ["/agnhost"],
+        "Cmd": ["pause"],
+        "Env": ["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"],
+        "WorkingDir": "/",
+    });
+    pack(folder, &root, &name()?, configuration)
 }
 
 /// A program at its name, and the libraries it is linked to where it looks for them.
@@ -85,8 +91,8 @@ fn found(program: &str) -> Result<PathBuf> {
         .with_context(|| format!("{program} is missing, which Pods of Kubernetes' tests run"))
 }
 
-/// Layer, configuration and a list of both, in one archive.
-fn pack(folder: &Path, root: &Path) -> Result<PathBuf> {
+/// An archive in a folder: one layer, which is what is below a root, its configuration, and a list of both.
+pub fn pack(folder: &Path, root: &Path, name: &str, configuration: Value) -> Result<PathBuf> {
     let text = |path: &Path| path.display().to_string();
     let tar = |archive: &str, from: &Path, what: &[&str]| {
         let (archive, from) = (text(&folder.join(archive)), text(from));
@@ -97,16 +103,11 @@ fn pack(folder: &Path, root: &Path) -> Result<PathBuf> {
     let configuration = json!({
         "architecture": if cfg!(target_arch = "aarch64") { "arm64" } else { "amd64" },
         "os": "linux",
-        "config": {
-            "Entrypoint": ["/agnhost"],
-            "Cmd": ["pause"],
-            "Env": ["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"],
-            "WorkingDir": "/",
-        },
+        "config": configuration,
         "rootfs": {"type": "layers", "diff_ids": [digest(&folder.join("layer.tar"))?]},
     });
     fs::write(folder.join("config.json"), configuration.to_string()).context("writing the image's configuration")?;
-    let manifest = json!([{"Config": "config.json", "RepoTags": [name()?], "Layers": ["layer.tar"]}]);
+    let manifest = json!([{"Config": "config.json", "RepoTags": [name], "Layers": ["layer.tar"]}]);
     fs::write(folder.join("manifest.json"), manifest.to_string()).context("writing the image's manifest")?;
     tar("image.tar", folder, &["manifest.json", "config.json", "layer.tar"])?;
     Ok(folder.join("image.tar"))
