@@ -35,14 +35,14 @@ const REDIRECT: u32 = 7;
 
 /// What a packet says.
 #[derive(Clone, Debug, PartialEq, Eq)]
-struct Seen {
-    from: SocketAddr,
-    to: SocketAddr,
+pub struct Seen {
+    pub from: SocketAddr,
+    pub to: SocketAddr,
     /// Refusals: RST or an ICMP error.
-    refuses: bool,
+    pub refuses: bool,
 }
 
-fn parse(frame: &[u8]) -> Seen {
+pub fn parse(frame: &[u8]) -> Seen {
     let packet = SlicedPacket::from_ethernet(frame).unwrap();
     let (from, to, payload) = match packet.net.unwrap() {
         NetSlice::Ipv4(net) => {
@@ -69,7 +69,7 @@ fn parse(frame: &[u8]) -> Seen {
     Seen { from: SocketAddr::new(from, ports.0), to: SocketAddr::new(to, ports.1), refuses }
 }
 
-fn frame(flow: &Flow, port: u16) -> Vec<u8> {
+pub fn frame(flow: &Flow, port: u16) -> Vec<u8> {
     let ethernet = PacketBuilder::ethernet2(CLIENT_MAC, MAC);
     let net = match (flow.from, flow.to) {
         (IpAddr::V4(from), IpAddr::V4(to)) => ethernet.ipv4(from.octets(), to.octets(), 64),

@@ -3,6 +3,7 @@
 
 #![cfg(test)]
 
+mod affinity;
 mod cases;
 mod command;
 #[path = "../shared/content.rs"]

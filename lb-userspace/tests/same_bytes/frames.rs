@@ -358,7 +358,7 @@ impl Frames {
     }
 }
 
-fn ends_of(frame: &[u8]) -> Option<Ends> {
+pub fn ends_of(frame: &[u8]) -> Option<Ends> {
     let mut headers = Headers::NONE;
     let v6 = match frame.get(12..14)? {
         [0x08, 0x00] => false,

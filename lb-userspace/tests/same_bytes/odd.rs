@@ -3,23 +3,16 @@
 
 use std::net::SocketAddr;
 
-use lb_common::memory::Machine;
-
 use crate::{
-    Loaded, Way,
-    frames::{Ends, TCP, UDP, checksum, fragment, pseudo_header, v4, v6},
-    in_a_namespace, run_here,
+    DROP, Halves, NEXT, Way,
+    frames::{Ends, NODE_V4, NODE_V6, TCP, UDP, checksum, ends_of, fragment, pseudo_header, v4, v6},
+    in_a_namespace,
 };
-
-/// What the programs answer.
-const NEXT: u32 = u32::MAX;
-const DROP: u32 = 2;
-const ANSWER: u32 = 7;
 
 /// Makes a frame for two ends.
 type Make = Box<dyn Fn(&Ends) -> Vec<u8>>;
 
-/// What becomes of a client's packet to a ClusterIP.
+/// What becomes of a client's packet to a Service.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Fate {
     /// It goes to an endpoint, and the endpoint's, made likewise, to the client.
@@ -28,13 +21,13 @@ enum Fate {
     OneWay,
     /// It stays as it is.
     Passed,
-    /// It is dropped, or refused.
-    Ended,
+    /// Nobody knows whose it is: at an address that only a Service has it is dropped, elsewhere it stays as it is.
+    Orphan,
 }
-use Fate::{Ended, Forwarded, OneWay, Passed};
+use Fate::{Forwarded, OneWay, Orphan, Passed};
 
 /// A transport header with its checksum, and data behind it.
-fn segment(ends: &Ends, flags: u8, options: usize, data: usize) -> Vec<u8> {
+pub fn segment(ends: &Ends, flags: u8, options: usize, data: usize) -> Vec<u8> {
     let ports = [ends.from.port(), ends.to.port()].map(u16::to_be_bytes).concat();
     let (mut segment, at) = if ends.proto == TCP {
         let header =
@@ -52,7 +45,7 @@ fn segment(ends: &Ends, flags: u8, options: usize, data: usize) -> Vec<u8> {
     segment
 }
 
-fn packet(ends: &Ends, segment: &[u8]) -> Vec<u8> {
+pub fn packet(ends: &Ends, segment: &[u8]) -> Vec<u8> {
     if ends.from.is_ipv4() { v4(ends, 0x4000, 7, 0, segment) } else { v6(ends, ends.proto, segment) }
 }
 
@@ -209,9 +202,9 @@ fn odd(is_v4: bool) -> Vec<(String, u8, Fate, Make)> {
     // Fragments of which the first was not seen.
     for proto in [TCP, UDP] {
         let later = |ends: &Ends| fragment(ends, 77, 1480, false, &[7; 24]);
-        add("a later fragment alone", proto, Ended, Box::new(later));
+        add("a later fragment alone", proto, Orphan, Box::new(later));
         let last = |ends: &Ends| fragment(ends, 77, 65_528, true, &[7; 24]);
-        add("a fragment beyond every packet's end", proto, Ended, Box::new(last));
+        add("a fragment beyond every packet's end", proto, Orphan, Box::new(last));
         // Too short for the ports: nobody knows whose it is.
         let tiny = |ends: &Ends| fragment(ends, 78, 0, true, &segment(ends, 0x02, 0, 0)[..2]);
         add("a first fragment without ports", proto, Passed, Box::new(tiny));
@@ -219,77 +212,98 @@ fn odd(is_v4: bool) -> Vec<(String, u8, Fate, Make)> {
     table
 }
 
-/// Both halves, one after the other.
-struct Halves {
-    kernel: Loaded,
-    here: Machine,
+/// Who asks whom by what.
+struct Route {
+    client: SocketAddr,
+    service: SocketAddr,
+    endpoints: Vec<SocketAddr>,
+    /// A ClusterIP, which nobody else has; else an address of a load balancer, where the endpoint sees the node.
+    is_cluster_ip: bool,
 }
 
-impl Halves {
-    fn new() -> Self {
-        let kernel = Loaded::new();
-        let here = Machine { tables: kernel.pinned.memory().unwrap(), ..Machine::default() };
-        Self { kernel, here }
-    }
-
-    fn run(&mut self, what: &str, way: Way, frame: &[u8]) -> (u32, Vec<u8>) {
-        let mut frame = frame.to_vec();
-        frame[..6].fill(0);
-        let here = run_here(&mut self.here, way, &frame);
-        let there = self.kernel.run(way, &frame);
-        let is_same = here.0 == there.0 && here.1 == there.1 && (here.0 == DROP || here.2 == there.2);
-        assert!(is_same, "{what}, {way:?}:\n  {frame:02x?}\nhere   {here:02x?}\nkernel {there:02x?}");
-        (there.0, there.2)
-    }
-}
-
-/// A client, the ClusterIP, the endpoints.
-fn places(is_v4: bool) -> (SocketAddr, SocketAddr, Vec<SocketAddr>) {
-    let [client, service, one, other] = if is_v4 {
-        ["10.244.1.7:40000", "10.96.0.10:80", "10.244.1.11:8080", "10.244.2.11:8080"]
+/// A pod that asks a ClusterIP, and a client outside that asks a load balancer's address.
+fn routes(is_v4: bool) -> [Route; 2] {
+    let [pod, cluster_ip, outside, load_balancer, one, other] = if is_v4 {
+        ["10.244.1.7", "10.96.0.10", "198.51.100.9", "10.99.1.10", "10.244.1.11", "10.244.2.11"]
     } else {
-        ["[fd00:10:244:1::7]:40000", "[fd00:10:96::a]:80", "[fd00:10:244:1::11]:8080", "[fd00:10:244:2::11]:8080"]
+        ["fd00:10:244:1::7", "fd00:10:96::a", "2001:db8:9::9", "fd00:99:1::a", "fd00:10:244:1::11", "fd00:10:244:2::11"]
     };
-    (client.parse().unwrap(), service.parse().unwrap(), vec![one.parse().unwrap(), other.parse().unwrap()])
+    let at = |text: &str, port| SocketAddr::new(text.parse().unwrap(), port);
+    [(pod, cluster_ip, true), (outside, load_balancer, false)].map(|(client, service, is_cluster_ip)| Route {
+        client: at(client, 40_000),
+        service: at(service, 80),
+        endpoints: vec![at(one, 8080), at(other, 8080)],
+        is_cluster_ip,
+    })
+}
+
+impl Route {
+    /// The endpoint whose packet this is, made likewise.
+    fn chosen(
+        &self,
+        client: SocketAddr,
+        proto: u8,
+        make: &dyn Fn(&Ends) -> Vec<u8>,
+        after: &[u8],
+    ) -> Option<SocketAddr> {
+        let is_for = |to: &SocketAddr| make(&Ends { from: client, to: *to, proto })[14..] == after[14..];
+        self.endpoints.iter().copied().find(is_for)
+    }
+
+    /// The client as the endpoint knows it, by the packet that left.
+    fn source(&self, client: SocketAddr, left: &[u8]) -> SocketAddr {
+        if self.is_cluster_ip {
+            return client;
+        }
+        let source = ends_of(left).unwrap().from;
+        assert_eq!(source.ip(), if client.is_ipv4() { NODE_V4 } else { NODE_V6 });
+        source
+    }
 }
 
 #[test]
 fn odd_packets_are_forwarded_right_or_left_alone() {
     in_a_namespace(|| {
-        for is_v4 in [true, false] {
+        for (is_v4, route) in [true, false].into_iter().flat_map(|is_v4| routes(is_v4).map(|route| (is_v4, route))) {
             let mut halves = Halves::new();
-            let (client, service, endpoints) = places(is_v4);
             let mut wrong = Vec::new();
             for (port, (name, proto, fate, make)) in (10_000..).zip(odd(is_v4)) {
-                let what = format!(
-                    "{} over {}, {name}",
-                    if proto == TCP { "TCP" } else { "UDP" },
-                    if is_v4 { "IPv4" } else { "IPv6" }
-                );
-                let client = SocketAddr::new(client.ip(), port);
-                let before = make(&Ends { from: client, to: service, proto });
+                let what = format!("{} to {}, {name}", if proto == TCP { "TCP" } else { "UDP" }, route.service.ip());
+                let client = SocketAddr::new(route.client.ip(), port);
+                let before = make(&Ends { from: client, to: route.service, proto });
                 let (verdict, after) = halves.run(&what, Way::In, &before);
-                let chosen = endpoints.iter().find(|&&to| make(&Ends { from: client, to, proto })[14..] == after[14..]);
+                let chosen = route.chosen(client, proto, &make, &after);
                 let is = match (verdict, chosen) {
                     (NEXT, Some(_)) if fate == OneWay => Some(OneWay),
                     (NEXT, Some(_)) => Some(Forwarded),
-                    (NEXT, None) if after[14..] == before[14..] => Some(Passed),
-                    (DROP | ANSWER, _) => Some(Ended),
+                    (NEXT, None) if after[14..] == before[14..] => {
+                        Some(if fate == Orphan && !route.is_cluster_ip { Orphan } else { Passed })
+                    }
+                    (DROP, _) if route.is_cluster_ip => Some(Orphan),
                     _ => None,
                 };
                 if is != Some(fate) {
                     wrong.push(format!("{what}: {is:?}, not {fate:?}: {verdict}\n  {before:02x?}\n  {after:02x?}"));
                     continue;
                 }
-                let Some(&endpoint) = chosen else { continue };
-                // On its way out it stays as it is, and the endpoint's like it comes from the Service.
-                assert_eq!(halves.run(&what, Way::Out, &after), (NEXT, after.clone()), "{what}");
+                let Some(endpoint) = chosen else { continue };
+                let (verdict, left) = halves.run(&what, Way::Out, &after);
+                let source = route.source(client, &left);
+                let want = make(&Ends { from: source, to: endpoint, proto });
+                if verdict != NEXT || left[14..] != want[14..] {
+                    wrong.push(format!("{what}: on its way out: {verdict}\n  {want:02x?}\n  {left:02x?}"));
+                }
                 if fate == OneWay {
                     continue;
                 }
-                let answer = make(&Ends { from: endpoint, to: client, proto });
+                // The endpoint's like it comes from the Service.
+                let (verdict, answer) = halves.run(&what, Way::In, &make(&Ends { from: endpoint, to: source, proto }));
+                let want = make(&Ends { from: endpoint, to: client, proto });
+                if verdict != NEXT || answer[14..] != want[14..] {
+                    wrong.push(format!("{what}: the answer inside: {verdict}\n  {want:02x?}\n  {answer:02x?}"));
+                }
                 let (verdict, answer) = halves.run(&what, Way::Out, &answer);
-                let want = make(&Ends { from: service, to: client, proto });
+                let want = make(&Ends { from: route.service, to: client, proto });
                 if verdict != NEXT || answer[14..] != want[14..] {
                     wrong.push(format!("{what}: the answer: {verdict}\n  {want:02x?}\n  {answer:02x?}"));
                 }
@@ -299,34 +313,110 @@ fn odd_packets_are_forwarded_right_or_left_alone() {
     });
 }
 
+/// The fragments of a packet of 20 + 8 * 25 bytes behind the IP header, in their order.
+fn fragments(ends: &Ends, id: u32) -> Vec<Vec<u8>> {
+    let data = if ends.proto == TCP { 200 } else { 212 };
+    let parts = segment(ends, 0x18, 0, data);
+    let places = [(0, 80), (80, 160), (160, 220)];
+    places.map(|(from, to)| fragment(ends, id, from as u16, to < 220, &parts[from..to])).to_vec()
+}
+
+#[test]
+fn fragments_go_where_their_first_goes_in_any_order() {
+    const ORDERS: [[usize; 3]; 6] = [[0, 1, 2], [0, 2, 1], [1, 0, 2], [2, 0, 1], [1, 2, 0], [2, 1, 0]];
+    in_a_namespace(|| {
+        for (is_v4, proto) in [(true, TCP), (true, UDP), (false, TCP), (false, UDP)] {
+            for route in routes(is_v4) {
+                let mut halves = Halves::new();
+                for (number, order) in (0..).zip(ORDERS) {
+                    let what = format!("{proto} to {}, {order:?}", route.service.ip());
+                    let client = SocketAddr::new(route.client.ip(), 10_000 + number);
+                    // The connection is there.
+                    let make = |ends: &Ends| packet(ends, &segment(ends, 0x02, 0, 0));
+                    let (_, entered) =
+                        halves.run(&what, Way::In, &make(&Ends { from: client, to: route.service, proto }));
+                    let endpoint = route.chosen(client, proto, &make, &entered).unwrap();
+                    let (_, left) = halves.run(&what, Way::Out, &entered);
+                    let source = route.source(client, &left);
+                    let id = 100 + u32::from(number);
+                    // There and back: as it comes, inside, as it leaves.
+                    for [before, inside, after] in [
+                        [(client, route.service), (client, endpoint), (source, endpoint)],
+                        [(endpoint, source), (endpoint, client), (route.service, client)],
+                    ] {
+                        let all = [before, inside, after].map(|(from, to)| fragments(&Ends { from, to, proto }, id));
+                        let mut is_known = false;
+                        for at in order {
+                            is_known |= at == 0;
+                            let (verdict, entered) = halves.run(&what, Way::In, &all[0][at]);
+                            let is_orphan = !is_known && before != inside;
+                            if is_orphan && before.1 == route.service && route.is_cluster_ip {
+                                assert_eq!(verdict, DROP, "{what}, {at} of {before:?}");
+                                continue;
+                            }
+                            let want = if is_orphan { &all[0][at] } else { &all[1][at] };
+                            assert_eq!(
+                                (verdict, &entered[14..]),
+                                (NEXT, &want[14..]),
+                                "{what}, {at} of {before:?}, in"
+                            );
+                            if is_orphan {
+                                continue;
+                            }
+                            let (verdict, left) = halves.run(&what, Way::Out, &entered);
+                            let want = &all[if !is_known && inside != after { 1 } else { 2 }][at];
+                            assert_eq!((verdict, &left[14..]), (NEXT, &want[14..]), "{what}, {at} of {before:?}, out");
+                        }
+                    }
+                }
+            }
+        }
+    });
+}
+
 #[test]
 fn a_packet_that_is_cut_off_at_any_length_is_forwarded_right_or_left_alone_or_dropped() {
     in_a_namespace(|| {
-        for is_v4 in [true, false] {
-            let mut halves = Halves::new();
-            let (client, service, endpoints) = places(is_v4);
-            let mut forwarded = 0;
-            for proto in [TCP, UDP] {
+        for (is_v4, proto) in [(true, TCP), (true, UDP), (false, TCP), (false, UDP)] {
+            for route in routes(is_v4) {
+                let mut halves = Halves::new();
                 let make = |ends: &Ends| {
                     let segment = segment(ends, 0x02, 3, 12);
                     if is_v4 { v4(ends, 0x4000, 7, 12, &segment) } else { extended(ends, &[(0, 0), (60, 1)], &segment) }
                 };
-                let whole = make(&Ends { from: client, to: service, proto });
+                let frame = |from, to| make(&Ends { from, to, proto });
+                let whole = frame(route.client, route.service).len();
+                // What went on: the first of its connection, one more of it in and out, the answer in and out.
+                let mut forwarded = [0; 5];
                 // BPF_PROG_TEST_RUN wants an IP header at least.
-                for length in if is_v4 { 34 } else { 54 }..=whole.len() {
-                    let client = SocketAddr::new(client.ip(), 20_000 + length as u16);
-                    let before = &make(&Ends { from: client, to: service, proto })[..length];
-                    let what = format!("{proto}, {length} bytes of {}", whole.len());
-                    let (verdict, after) = halves.run(&what, Way::In, before);
-                    let is_right =
-                        endpoints.iter().any(|&to| make(&Ends { from: client, to, proto })[14..length] == after[14..]);
-                    forwarded += u32::from(verdict == NEXT && is_right);
-                    let is_left = verdict == DROP || verdict == NEXT && after[14..] == before[14..];
-                    assert!(is_left || verdict == NEXT && is_right, "{what}: {verdict}\n{before:02x?}\n{after:02x?}");
+                for length in if is_v4 { 34 } else { 54 }..=whole {
+                    let [new, client] =
+                        [20_000, 30_000].map(|port| SocketAddr::new(route.client.ip(), port + length as u16));
+                    let (_, entered) = halves.run("opening", Way::In, &frame(client, route.service));
+                    let endpoint = route.chosen(client, proto, &make, &entered).unwrap();
+                    let (_, left) = halves.run("opening", Way::Out, &entered);
+                    let source = route.source(client, &left);
+                    let steps = [
+                        (Way::In, (new, route.service), route.endpoints.iter().map(|to| (new, *to)).collect()),
+                        (Way::In, (client, route.service), vec![(client, endpoint)]),
+                        (Way::Out, (client, endpoint), vec![(source, endpoint)]),
+                        (Way::In, (endpoint, source), vec![(endpoint, client)]),
+                        (Way::Out, (endpoint, client), vec![(route.service, client)]),
+                    ];
+                    for (step, (way, (from, to), right)) in steps.into_iter().enumerate() {
+                        let what = format!("{proto} {client}, step {step}, {length} bytes of {whole}");
+                        let before = &frame(from, to)[..length];
+                        let (verdict, after) = halves.run(&what, way, before);
+                        let is_right = verdict == NEXT
+                            && right.iter().any(|(from, to)| frame(*from, *to)[14..length] == after[14..]);
+                        forwarded[step] += u32::from(is_right);
+                        let is_left = verdict == DROP || verdict == NEXT && after[14..] == before[14..];
+                        assert!(is_right || is_left, "{what}: {verdict}\n{before:02x?}\n{after:02x?}");
+                    }
                 }
+                // Data may be missing, and options of TCP.
+                assert!(forwarded.iter().all(|it| *it > 10), "{forwarded:?}");
             }
-            // Data may be missing, and options of TCP.
-            assert!(forwarded > 20, "{forwarded}");
         }
     });
 }

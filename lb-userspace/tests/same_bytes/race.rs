@@ -8,11 +8,7 @@ use std::time::Duration;
 use etherparse::PacketBuilder;
 use fairlead::kernel::Options;
 
-use crate::{Loaded, Way, in_a_namespace, load, run};
-
-/// What a program answers for "next" and for "drop".
-const NEXT: u32 = u32::MAX;
-const DROP: u32 = 2;
+use crate::{DROP, Loaded, NEXT, Way, in_a_namespace, load, run};
 
 /// So many ports the Service has, each with an endpoint of its own.
 const PORTS: u16 = 400;

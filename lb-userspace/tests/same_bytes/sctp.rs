@@ -5,11 +5,9 @@ use std::net::{IpAddr, SocketAddr};
 use crc::{CRC_32_ISCSI, Crc};
 use etherparse::{IpNumber, PacketBuilder};
 
-use crate::{Loaded, Way, in_a_namespace};
+use crate::{Loaded, NEXT, Way, in_a_namespace};
 
 const CRC32C: Crc<u32> = Crc::<u32>::new(&CRC_32_ISCSI);
-/// What a program answers for "next".
-const NEXT: u32 = u32::MAX;
 
 fn frame(from: SocketAddr, to: SocketAddr, chunks: &[u8]) -> Vec<u8> {
     let ethernet = PacketBuilder::ethernet2([0, 0, 0, 0, 0, 2], [0; 6]);
