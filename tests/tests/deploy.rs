@@ -109,6 +109,20 @@ fn the_api_server_takes_every_object_without_a_warning() {
 }
 
 #[test]
+fn kubeadms_config_map_finds_its_kubeconfig_in_the_daemon_set() {
+    let data = Path::new(env!("CARGO_MANIFEST_DIR")).join("../lb-userspace/tests/data/config/kubeadm.conf");
+    let text = fs::read_to_string(data).expect("kubeadm's configuration");
+    let kubeconfig = text.lines().find_map(|line| line.trim().strip_prefix("kubeconfig: ")).expect("a kubeconfig");
+    let folder = Path::new(kubeconfig.trim()).parent().expect("a folder").display();
+    for file in ["kustomize/daemonset.yaml", "helm/fairlead/templates/daemonset.yaml"] {
+        let text = fs::read_to_string(deploy().join(file)).expect("a DaemonSet");
+        let mounts = text.matches(&format!("{{name: config, mountPath: {folder}, readOnly: true}}")).count();
+        let flags = text.matches(&format!("--config={folder}/config.conf")).count();
+        assert_eq!((mounts, flags), (2, 2), "{file}: the container that begins, and the one that stays");
+    }
+}
+
+#[test]
 fn what_is_granted_is_kube_proxys_role_and_enough_for_the_agent() {
     let lab = Lab::new(Topology { nodes: 1, pods_per_node: 0, ..Topology::default() });
     let plane = ControlPlane::start(&lab);

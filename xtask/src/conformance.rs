@@ -18,6 +18,7 @@ use tests::kube_proxy::CLUSTER_CIDR;
 use tests::kubelet::{self, Settings};
 use tests::{Agent, ControlPlane, KubeProxy, Kubelet, Lab, Topology, residue};
 
+use self::daemonset::DaemonSet;
 use self::report::Report;
 use self::specs::Spec;
 use crate::image;
@@ -38,9 +39,9 @@ pub struct Options {
     /// Also with the real kube-proxy, to which the agent is compared then; or with nothing but that
     #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "beside")]
     kube_proxy: Option<Reference>,
-    /// The agent as a static binary in the container of kubeadm's DaemonSet, instead of a process on each node
-    #[arg(long)]
-    daemonset: bool,
+    /// The agent as a static binary in the container of a DaemonSet, instead of a process on each node
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "kubeadm")]
+    daemonset: Option<DaemonSet>,
     /// Only specs whose name matches this regular expression
     #[arg(long, default_value = "", hide_default_value = true)]
     spec: String,
@@ -112,7 +113,7 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     }
     residue::clean()?;
     workspace::build_agent()?;
-    let image = if options.daemonset { Some(image::build()?) } else { None };
+    let image = if options.daemonset.is_some() { Some(image::build()?) } else { None };
     let modes = match options.mode {
         Some(mode) => vec![mode],
         None => vec![Mode::Iptables, Mode::Nftables],
@@ -158,13 +159,14 @@ fn run_specs(options: &Options, proxy: Proxy, mode: Mode, binary: Option<&Path>)
         interrupt::check()?;
         kubelets.push(Kubelet::start(&lab, node, &plane, &image)?);
     }
-    let running = match binary {
+    let daemon_set = options.daemonset.zip(binary);
+    let running = match daemon_set {
         None => start_proxies(&lab, &plane, proxy, mode)?,
-        Some(binary) => {
+        Some((daemon_set, binary)) => {
             let folder = lab.folder().join("agent");
             let archive = daemonset::build_image(&folder, binary)?;
             kubelets.iter().try_for_each(|kubelet| kubelet.import(&archive))?;
-            daemonset::apply(&plane, mode)?;
+            daemonset::apply(&plane, daemon_set, mode, &folder)?;
             Running::new()
         }
     };
@@ -172,8 +174,8 @@ fn run_specs(options: &Options, proxy: Proxy, mode: Mode, binary: Option<&Path>)
         kubelet.wait_ready(&plane)?;
         interrupt::check()?;
     }
-    if binary.is_some() {
-        daemonset::wait_ready(&plane)?;
+    if let Some((daemon_set, _)) = daemon_set {
+        daemonset::wait_ready(&plane, daemon_set)?;
     }
     println!("  {} of {} Ready after {:.0} s", kubelets.len(), lab.nodes.len(), start.elapsed().as_secs_f32());
     let specs = specs::run(&plane, &focus(options), options.nodes(), &logs);

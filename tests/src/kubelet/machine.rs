@@ -42,6 +42,9 @@ impl Machine {
             let status = machine.command("mount").args(["-t", "tmpfs", "fairlead", place]).status();
             ensure!(status.context("running nsenter")?.success(), "{place} can't be made private");
         }
+        // As a node has one, shared with its Pods; what they pin goes with the machine.
+        let status = machine.command("mount").args(["-t", "bpf", "bpf", "/sys/fs/bpf"]).status();
+        ensure!(status.context("running nsenter")?.success(), "no bpffs can be mounted at /sys/fs/bpf");
         Ok(machine)
     }
 

@@ -1,21 +1,41 @@
-//! The agent as the container of kubeadm's DaemonSet `kube-proxy`, in which the image's name is another and nothing else. In: a control
-//! plane, kubelets that have the image. Out: Ready pods, one a node.
+//! The agent as a DaemonSet's container: of kubeadm's `kube-proxy`, in which the image's name is another and nothing else, or of its own
+//! from `deploy/`, with kubeadm's ConfigMap. In: a control plane, kubelets that have the image. Out: Ready pods, one a node.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
+use clap::ValueEnum;
 use serde_json::{Value, json};
 use tests::ControlPlane;
+use tests::cgroup;
 use tests::kube_proxy::CLUSTER_CIDR;
 use tests::kubelet::image;
 
 use super::Mode;
 use crate::workspace;
 
-/// What the image is called.
-const IMAGE: &str = "registry.example/fairlead:conformance";
+/// What the image is called, and its tag.
+const IMAGE: [&str; 2] = ["registry.example/fairlead", "conformance"];
+
+/// A DaemonSet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum DaemonSet {
+    /// kubeadm's, of kube-proxy
+    Kubeadm,
+    /// The one in `deploy/`
+    Own,
+}
+
+impl DaemonSet {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Kubeadm => "kube-proxy",
+            Self::Own => "fairlead",
+        }
+    }
+}
 
 /// The image that `deploy/Containerfile` describes, as an archive in a folder.
 pub fn build_image(folder: &Path, binary: &Path) -> Result<PathBuf> {
@@ -30,7 +50,7 @@ pub fn build_image(folder: &Path, binary: &Path) -> Result<PathBuf> {
         "Entrypoint": ["/usr/bin/fairlead"],
         "Env": ["PATH=/usr/local/bin:/usr/bin"],
     });
-    image::pack(folder, &root, IMAGE, configuration)
+    image::pack(folder, &root, &IMAGE.join(":"), configuration)
 }
 
 /// What `kubeadm init` makes for kube-proxy (its phase `addon/kube-proxy`): the account, its role, the ConfigMap with configuration and
@@ -57,7 +77,7 @@ fn objects(mode: Mode, server: &str) -> Result<Value> {
         |name: &str, path: &str, read_only: bool| json!({"name": name, "mountPath": path, "readOnly": read_only});
     let container = json!({
         "name": "kube-proxy",
-        "image": IMAGE,
+        "image": IMAGE.join(":"),
         "imagePullPolicy": "IfNotPresent",
         "command": ["/usr/local/bin/kube-proxy", "--config=/var/lib/kube-proxy/config.conf", "--hostname-override=$(NODE_NAME)"],
         "securityContext": {"privileged": true},
@@ -110,17 +130,59 @@ fn objects(mode: Mode, server: &str) -> Result<Value> {
 }
 
 /// Makes the objects. Pods come once there are nodes.
-pub fn apply(plane: &ControlPlane, mode: Mode) -> Result<()> {
-    kubectl(plane, &["apply", "-f", "-"], &objects(mode, &plane.server())?.to_string())
+pub fn apply(plane: &ControlPlane, daemon_set: DaemonSet, mode: Mode, folder: &Path) -> Result<()> {
+    let mut objects = objects(mode, &plane.server())?;
+    if daemon_set == DaemonSet::Own {
+        objects["items"].as_array_mut().context("a list")?.retain(|object| object["kind"] == "ConfigMap");
+    }
+    kubectl(plane, &["apply", "-f", "-"], &objects.to_string())?;
+    if daemon_set == DaemonSet::Own {
+        let overlay = overlay(folder)?;
+        kubectl(plane, &["apply", "-k", &overlay.display().to_string()], "")?;
+    }
+    Ok(())
+}
+
+/// `deploy/kustomize` as a user makes it theirs: the image's name, kubeadm's ConfigMap, and where cgroup v2 is, if not where the
+/// DaemonSet expects it. Kustomize takes what is in folders beside its own.
+fn overlay(folder: &Path) -> Result<PathBuf> {
+    let (base, overlay) = (folder.join("kustomize"), folder.join("overlay"));
+    for folder in [&base, &overlay] {
+        fs::create_dir_all(folder).with_context(|| format!("creating {}", folder.display()))?;
+    }
+    let from = workspace::root().join("deploy/kustomize");
+    for entry in fs::read_dir(&from).with_context(|| format!("reading {}", from.display()))?.flatten() {
+        fs::copy(entry.path(), base.join(entry.file_name())).context("copying deploy/kustomize")?;
+    }
+    let text = fs::read_to_string(base.join("daemonset.yaml")).context("reading the DaemonSet")?;
+    let cgroup = cgroup::mount_point().context("cgroup v2 is not mounted")?;
+    fs::write(base.join("daemonset.yaml"), text.replace("/sys/fs/cgroup", &cgroup.display().to_string()))
+        .context("writing the DaemonSet")?;
+    let [name, tag] = IMAGE;
+    let volume = json!([
+        {"op": "test", "path": "/spec/template/spec/volumes/3/name", "value": "config"},
+        {"op": "replace", "path": "/spec/template/spec/volumes/3/configMap/name", "value": "kube-proxy"},
+    ]);
+    let kustomization = json!({
+        "apiVersion": "kustomize.config.k8s.io/v1beta1",
+        "kind": "Kustomization",
+        "resources": ["../kustomize"],
+        "images": [{"name": "fairlead", "newName": name, "newTag": tag}],
+        "patches": [{"target": {"kind": "DaemonSet"}, "patch": volume.to_string()}],
+    });
+    fs::write(overlay.join("kustomization.yaml"), kustomization.to_string()).context("writing the overlay")?;
+    Ok(overlay)
 }
 
 /// Waits until each node has its pod Ready.
-pub fn wait_ready(plane: &ControlPlane) -> Result<()> {
-    kubectl(plane, &["rollout", "status", "--namespace=kube-system", "--timeout=90s", "daemonset/kube-proxy"], "")
-        .with_context(|| {
+pub fn wait_ready(plane: &ControlPlane, daemon_set: DaemonSet) -> Result<()> {
+    let daemon_set = format!("daemonset/{}", daemon_set.name());
+    kubectl(plane, &["rollout", "status", "--namespace=kube-system", "--timeout=90s", &daemon_set], "").with_context(
+        || {
             let pods = plane.kubectl(&["describe", "pods", "--namespace=kube-system"], "");
             pods.map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default()
-        })
+        },
+    )
 }
 
 fn kubectl(plane: &ControlPlane, arguments: &[&str], input: &str) -> Result<()> {
