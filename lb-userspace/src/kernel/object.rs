@@ -8,6 +8,10 @@ use std::{
     io::ErrorKind,
     os::fd::{AsFd as _, OwnedFd},
     path::Path,
+    sync::{
+        Mutex,
+        mpsc::{self, Receiver},
+    },
     thread::{self, JoinHandle},
     time::{Duration, Instant},
 };
@@ -187,6 +191,7 @@ pub struct Constants {
     netns_cookie: u64,
     checksum_flag: u64,
     socket_lb_all: u32,
+    loaders: Loaders,
 }
 
 impl Constants {
@@ -198,8 +203,41 @@ impl Constants {
                 .context("cannot read the network namespace's cookie (SO_NETNS_COOKIE, Linux 5.14)")?,
             checksum_flag: sys::ipv6_checksum_flag().context("cannot load a BPF program")?,
             socket_lb_all: u32::from(options.socket_lb == SocketLb::All),
+            loaders: Loaders::prepare(),
         })
     }
+}
+
+/// Loaders for the two sets, made while the first list comes: each reads the kernel's types (aya 0.14), which takes a moment
+/// and twenty megabytes that nothing of ours needs, least of all when the list is there.
+#[derive(Debug)]
+struct Loaders(Mutex<Receiver<EbpfLoader<'static>>>);
+
+impl Loaders {
+    fn prepare() -> Self {
+        let (sender, receiver) = mpsc::channel();
+        thread::spawn(move || {
+            for _set in [true, false] {
+                if sender.send(loader()).is_err() {
+                    break;
+                }
+            }
+        });
+        Self(Mutex::new(receiver))
+    }
+
+    fn take(&self) -> EbpfLoader<'static> {
+        let prepared = self.0.lock().ok().and_then(|loaders| loaders.recv().ok());
+        prepared.unwrap_or_else(loader)
+    }
+}
+
+/// A loader without the kernel's types.
+fn loader() -> EbpfLoader<'static> {
+    let mut loader = EbpfLoader::new();
+    loader.btf(None);
+    sys::release_memory();
+    loader
 }
 
 /// Creates the maps that are not pinned yet in the folders of a generation and of flow state, and makes programs that name them.
@@ -213,7 +251,7 @@ fn relocate(
 ) -> Result<Ebpf> {
     let link_header: u32 = if ethernet { 14 } else { 0 };
     let count_services = u32::from(options.count_services);
-    let mut loader = EbpfLoader::new();
+    let mut loader: EbpfLoader<'_> = constants.loaders.take();
     for table in Table::ALL {
         if table != Table::Services {
             let counts = options.count_services || table != Table::ServiceCounters;
