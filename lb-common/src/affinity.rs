@@ -13,7 +13,7 @@ pub const DEFAULT_TIMEOUT: u32 = 10_800;
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct AffinityKey {
-    /// The client's address, or what [`namespace_client`] says.
+    /// The client's address, or what [`node_client`] says.
     pub client: Addr,
     /// Id of the Service port.
     pub service: u32,
@@ -84,13 +84,14 @@ pub const fn seconds(ticks: u32) -> u64 {
     ((ticks as u64) << 26) / 1_000_000_000
 }
 
-/// The client that all sockets of a network namespace are, in the family of `addr`: `::4:<cookie>` or `::6:<cookie>`, which no
-/// packet has as its source. The node's own namespace has cookie 0 here.
+/// The client that all sockets of the node are, in the family of `addr`: `::4:0:0:0:0` or `::6:0:0:0:0`, which no packet has as
+/// its source. It stands for the source of a socket that is not bound: the kernel chooses that behind the hook, by the route to where
+/// the hook sends the socket.
 #[must_use]
 #[inline(always)]
-pub const fn namespace_client(addr: &Addr, cookie: u64) -> Addr {
+pub const fn node_client(addr: &Addr) -> Addr {
     let family: u32 = if addr.is_v4() { 4 } else { 6 };
-    Addr { words: [0, family.to_be(), ((cookie >> 32) as u32).to_be(), (cookie as u32).to_be()] }
+    Addr { words: [0, family.to_be(), 0, 0] }
 }
 
 const _: () = {
@@ -147,18 +148,12 @@ mod tests {
     }
 
     #[test]
-    fn a_namespace_is_one_client_in_each_family_and_no_packet_source() {
-        let clients = [
-            (Addr::UNSPECIFIED_V4, 0),
-            (Addr::UNSPECIFIED_V6, 0),
-            (Addr::UNSPECIFIED_V4, 9),
-            (Addr::UNSPECIFIED_V6, 9),
-        ]
-        .map(|(addr, cookie)| namespace_client(&addr, cookie));
-        for (i, client) in clients.iter().enumerate() {
+    fn the_node_is_one_client_in_each_family_and_no_packet_source() {
+        let clients = [Addr::UNSPECIFIED_V4, Addr::UNSPECIFIED_V6].map(|addr| node_client(&addr));
+        for client in clients {
             assert!(!client.is_v4() && !client.same(&Addr::UNSPECIFIED_V6) && !client.is_loopback());
-            assert!(clients[..i].iter().all(|other| !other.same(client)));
         }
+        assert!(!clients[0].same(&clients[1]));
     }
 
     #[test]

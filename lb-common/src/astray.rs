@@ -101,7 +101,7 @@ mod tests {
             for proto in [protocol::TCP, protocol::UDP] {
                 let mut memory = memory(service, Some(endpoint), 0);
                 let (mut pairs, mut peer) = (NEW, ends(service, proto));
-                translate(&mut peer, &Addr::UNSPECIFIED_V6, 0, true, &mut pairs, &mut machine(&memory));
+                translate(&mut peer, &Addr::UNSPECIFIED_V6, true, 0, true, &mut pairs, &mut machine(&memory));
                 assert_eq!(peer, ends(endpoint, proto));
                 assert_eq!(astray(&peer, Some(&pairs), false, &memory), None);
                 // Whoever connected to the endpoint by its own address is left alone, whatever becomes of it.
@@ -124,7 +124,7 @@ mod tests {
         for (proto, expected) in [(protocol::TCP, None), (protocol::UDP, Some(Astray::EndpointGone))] {
             let mut memory = memory("192.0.2.1:53", Some("10.244.1.1:53"), 0);
             let (mut pairs, mut peer) = (NEW, ends("192.0.2.1:53", proto));
-            translate(&mut peer, &Addr::UNSPECIFIED_V6, 0, true, &mut pairs, &mut machine(&memory));
+            translate(&mut peer, &Addr::UNSPECIFIED_V6, true, 0, true, &mut pairs, &mut machine(&memory));
             let mut moved = memory.clone();
             moved.frontends.values_mut().for_each(|frontend| frontend.service = 2);
             assert_eq!(astray(&peer, Some(&pairs), false, &moved), expected);

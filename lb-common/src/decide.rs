@@ -15,7 +15,7 @@ use crate::{
 /// What a decision depends on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Question {
-    /// The packet's source address.
+    /// The packet's source address; [`node_client`](crate::affinity::node_client) for a socket that is not bound.
     pub src: Addr,
     /// The packet's destination address.
     pub dst: Addr,

@@ -93,6 +93,8 @@ reasons! {
     Drop Internal = "internal",
     /// A TCP connection whose endpoint is gone, where such connections end (`--terminate-connections`).
     Refuse EndpointGone = "endpoint_gone",
+    /// A pod's socket, to a frontend that asks for the pod's address: it has none before its packets are sent.
+    Pass LeftToPackets = "left_to_packets",
 }
 
 /// How many reasons there are.

@@ -2,9 +2,10 @@
 
 use crate::{
     addr::{Addr, Port},
-    affinity::AffinityKey,
+    affinity::{AffinityKey, node_client},
     count,
     decide::{Choice, Decision, Question, decide, find},
+    layout::{Frontend, frontend_flags},
     reason::Reason,
     tables::{State, Tables},
 };
@@ -81,15 +82,23 @@ pub fn may_be_translated<T: Tables>(ends: &Ends, is_node: bool, tables: &T) -> b
         || tables.in_service_cidr(&ends.addr)
 }
 
+/// Whether it depends on a client's address where its connections go.
+#[inline(always)]
+const fn asks_for_source(frontend: &Frontend) -> bool {
+    frontend.affinity != 0 || frontend.flags & (frontend_flags::SOURCE_RANGES | frontend_flags::EXTERNAL_LOCAL) != 0
+}
+
 /// Where a socket sends to instead of a frontend: `ends` become the endpoint where the reason's verdict is
 /// [`Verdict::Translate`](crate::reason::Verdict::Translate); a refusal is ECONNREFUSED.
 ///
 /// `connects`: every connect chooses anew by `hash`. A datagram of an unconnected socket stays with the endpoint of the last
-/// one to that frontend, as long as it serves. `client` is whom session affinity remembers, once for each choice.
+/// one to that frontend, as long as it serves. `bound` is the address that the socket is bound to, or unspecified. `is_node`: the
+/// socket is in the node's own network namespace; what depends on the address of one elsewhere is left to its packets.
 #[inline(always)]
 pub fn translate<S: State>(
     ends: &mut Ends,
-    client: &Addr,
+    bound: &Addr,
+    is_node: bool,
     hash: u32,
     connects: bool,
     pairs: &mut Pairs,
@@ -99,14 +108,16 @@ pub fn translate<S: State>(
         (ends.addr, ends.port) = (addr, port);
         return Reason::Established;
     }
-    // The source is not chosen yet. That it is the node is said beside; and where source ranges are asked, they hold the
-    // address itself if they hold the node (`kube-proxy.md` §3, step 1).
-    let question =
-        Question { src: ends.addr, dst: ends.addr, dport: ends.port, proto: ends.proto, from_node: true, device: 0 };
-    match decide(&question, client, hash, tables) {
+    if !is_node && find(&ends.addr, ends.port, ends.proto, tables).is_some_and(asks_for_source) {
+        return Reason::LeftToPackets;
+    }
+    let client = node_client(&ends.addr);
+    let src = if bound.same(&bound.unspecified()) { client } else { *bound };
+    let question = Question { src, dst: ends.addr, dport: ends.port, proto: ends.proto, from_node: true, device: 0 };
+    match decide(&question, &client, hash, tables) {
         Decision::Forward(choice) => {
             if choice.affinity {
-                note_client(client, &choice, tables);
+                note_client(&client, &choice, tables);
             }
             let pair = Pair {
                 frontend: ends.addr,
@@ -216,13 +227,13 @@ mod tests {
 
     use super::*;
     use crate::{
-        affinity::namespace_client,
         layout::{
             Endpoint, Frontend, FrontendKey, PrefixKey, Range, bit_index, endpoint_flags, frontend_flags, protocol,
         },
         memory::Machine,
     };
 
+    const UNBOUND: Addr = Addr::UNSPECIFIED_V6;
     const NEW: Pairs = Pairs { pairs: [Pair::NONE; PAIRS], uses: 0, next: 0 };
 
     fn ends(text: &str) -> Ends {
@@ -247,8 +258,7 @@ mod tests {
 
     fn send(machine: &mut Machine, pairs: &mut Pairs, to: &str, hash: u32) -> (Ends, Reason) {
         let mut ends = ends(to);
-        let client = namespace_client(&ends.addr, 0);
-        let reason = translate(&mut ends, &client, hash, false, pairs, machine);
+        let reason = translate(&mut ends, &UNBOUND, true, hash, false, pairs, machine);
         (ends, reason)
     }
 
@@ -305,10 +315,7 @@ mod tests {
         let mut pairs = NEW;
         for (hash, endpoint) in [(0, "10.244.1.1:53"), (1, "10.244.1.2:53"), (2, "10.244.1.1:53")] {
             let mut found = ends("10.96.0.10:53");
-            assert_eq!(
-                translate(&mut found, &Addr::UNSPECIFIED_V6, hash, true, &mut pairs, &mut machine),
-                Reason::NewFlow
-            );
+            assert_eq!(translate(&mut found, &UNBOUND, true, hash, true, &mut pairs, &mut machine), Reason::NewFlow);
             assert_eq!(found, ends(endpoint));
         }
         assert_eq!(machine.service_counters[&1].connections, 3);
@@ -337,17 +344,26 @@ mod tests {
 
     #[test]
     fn a_socket_is_refused_left_alone_or_let_through_as_its_packet_would_be() {
-        let vip: Addr = ends("1.2.3.4:53").addr;
-        for (name, endpoints, flags, range, expected) in [
-            ("no endpoints", &[][..], 0, None, Reason::NoEndpoints),
-            ("none here", &[], frontend_flags::INTERNAL_DROP, None, Reason::NoLocalEndpoints),
-            ("not in the ranges", &["10.244.1.1:53"], frontend_flags::SOURCE_RANGES, None, Reason::SourceRange),
-            ("the node is", &["10.244.1.1:53"], frontend_flags::SOURCE_RANGES, Some(vip), Reason::NewFlow),
-        ] {
-            let mut machine = Machine::default();
-            add(&mut machine, 1, "1.2.3.4:53", endpoints, flags);
-            machine.tables.source_ranges.extend(range.map(|addr| PrefixKey::host(1, addr)));
-            assert_eq!(send(&mut machine, &mut NEW.clone(), "1.2.3.4:53", 0).1, expected, "{name}");
+        let ranges = frontend_flags::SOURCE_RANGES;
+        for (service, endpoint, own) in
+            [("1.2.3.4:53", "10.244.1.1:53", "192.0.2.7:0"), ("[fd00:1::4]:53", "[fd00::1]:53", "[2001:db8::7]:0")]
+        {
+            let (vip, own, endpoints) = (ends(service).addr, ends(own).addr, &[endpoint][..]);
+            for (name, endpoints, flags, range, bound, expected) in [
+                ("no endpoints", &[][..], 0, None, UNBOUND, Reason::NoEndpoints),
+                ("none here", &[], frontend_flags::INTERNAL_DROP, None, UNBOUND, Reason::NoLocalEndpoints),
+                ("not in the ranges", endpoints, ranges, None, UNBOUND, Reason::SourceRange),
+                ("the ranges hold the Service", endpoints, ranges, Some(vip), UNBOUND, Reason::SourceRange),
+                ("the node is", endpoints, ranges, Some(node_client(&vip)), UNBOUND, Reason::NewFlow),
+                ("the node is, not this address", endpoints, ranges, Some(node_client(&vip)), own, Reason::SourceRange),
+                ("this address is", endpoints, ranges, Some(own), own, Reason::NewFlow),
+            ] {
+                let mut machine = Machine::default();
+                add(&mut machine, 1, service, endpoints, flags);
+                machine.tables.source_ranges.extend(range.map(|addr| PrefixKey::host(1, addr)));
+                let reason = translate(&mut ends(service), &bound, true, 0, true, &mut NEW.clone(), &mut machine);
+                assert_eq!(reason, expected, "{service}, {name}");
+            }
         }
         assert_eq!(send(&mut Machine::default(), &mut NEW.clone(), "1.2.3.4:53", 0).1, Reason::NotService);
     }
@@ -360,7 +376,7 @@ mod tests {
     }
 
     #[test]
-    fn sockets_of_a_namespace_are_one_client_and_datagrams_refresh_nothing() {
+    fn sockets_of_the_node_are_one_client_and_datagrams_refresh_nothing() {
         let services = [
             ("10.96.0.10:53", ["10.244.1.1:53", "10.244.1.2:53"]),
             ("[fd00:96::10]:53", ["[fd00::1]:53", "[fd00::2]:53"]),
@@ -386,16 +402,26 @@ mod tests {
     }
 
     #[test]
-    fn namespaces_are_clients_of_their_own() {
-        let mut machine = Machine::default();
-        add_sticky(&mut machine, "10.96.0.10:53", &["10.244.1.1:53", "10.244.1.2:53"], 100);
-        for (cookie, hash, endpoint) in
-            [(0, 0, "10.244.1.1:53"), (5, 1, "10.244.1.2:53"), (0, 1, "10.244.1.1:53"), (5, 0, "10.244.1.2:53")]
-        {
-            let mut found = ends("10.96.0.10:53");
-            let client = namespace_client(&found.addr, cookie);
-            translate(&mut found, &client, hash, true, &mut NEW.clone(), &mut machine);
-            assert_eq!(found, ends(endpoint), "{cookie}");
+    fn a_pods_socket_is_left_to_its_packets_where_its_address_counts() {
+        let flags = [frontend_flags::SOURCE_RANGES, frontend_flags::EXTERNAL_LOCAL, frontend_flags::MASQUERADE];
+        for (service, endpoint) in [("192.0.2.1:53", "10.244.1.1:53"), ("[2001:db8::1]:53", "[fd00::1]:53")] {
+            for (flags, affinity, expected) in [
+                (flags[0], 0, Reason::LeftToPackets),
+                (flags[1], 0, Reason::LeftToPackets),
+                (flags[2], 100, Reason::LeftToPackets),
+                (flags[2], 0, Reason::NewFlow),
+            ] {
+                let mut machine = Machine::default();
+                add(&mut machine, 1, service, &[endpoint], flags);
+                machine.tables.frontends.values_mut().for_each(|frontend| frontend.affinity = affinity);
+                let mut pairs = NEW;
+                let mut found = ends(service);
+                let reason = translate(&mut found, &ends(endpoint).addr, false, 0, true, &mut pairs, &mut machine);
+                assert_eq!(reason, expected, "{service}, {flags:#x}, {affinity}");
+                let is_left = expected == Reason::LeftToPackets;
+                assert_eq!(found, ends(if is_left { service } else { endpoint }));
+                assert_eq!((pairs == NEW, machine.affinities.is_empty()), (is_left, true));
+            }
         }
     }
 }

@@ -7,7 +7,6 @@ use aya_ebpf::{
 };
 use lb_common::{
     addr::{Addr, Port},
-    affinity::namespace_client,
     reason::Verdict,
     socket::{self, Ends, Pairs},
 };
@@ -20,6 +19,7 @@ use crate::{
 const ALLOW: i32 = 1;
 const REFUSE: i32 = 0;
 const ECONNREFUSED: i32 = 111;
+const AF_INET: u32 = 2;
 
 /// Which fields of the context hold the address.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -76,6 +76,21 @@ fn named(ctx: &SockAddrContext, family: Family) -> (Addr, Port) {
     }
 }
 
+/// The address that the socket is bound to, or unspecified.
+#[inline(always)]
+fn bound(ctx: &SockAddrContext) -> Addr {
+    // SAFETY: the kernel gives programs of this type their socket, whose fields are read word by word.
+    unsafe {
+        let sk = (*ctx.sock_addr).__bindgen_anon_1.sk;
+        if (*sk).family == AF_INET {
+            return Addr::from_v4_word((*sk).src_ip4);
+        }
+        let words = (&raw const (*sk).src_ip6).cast::<u32>();
+        let word = |i: usize| words.add(i).read_volatile();
+        Addr { words: [word(0), word(1), word(2), word(3)] }
+    }
+}
+
 /// Makes the context name another address and port.
 #[inline(always)]
 fn rename(ctx: &SockAddrContext, family: Family, addr: &Addr, port: Port) {
@@ -99,22 +114,14 @@ fn rename(ctx: &SockAddrContext, family: Family, addr: &Addr, port: Port) {
 /// Whether the socket is one that is translated here.
 #[inline(always)]
 fn is_ours(ctx: &SockAddrContext) -> bool {
-    SOCKET_LB_ALL.load() != 0 || cookie(ctx) == NETNS_COOKIE.load()
+    SOCKET_LB_ALL.load() != 0 || is_node(ctx)
 }
 
-/// The cookie of the socket's network namespace.
+/// Whether the socket is in the node's own network namespace.
 #[inline(always)]
-fn cookie(ctx: &SockAddrContext) -> u64 {
+fn is_node(ctx: &SockAddrContext) -> bool {
     // SAFETY: a helper that takes the context.
-    unsafe { bpf_get_netns_cookie(ctx.sock_addr.cast()) }
-}
-
-/// Whom session affinity remembers. No address: the kernel chooses the source after the hook, by the route to where the hook
-/// sends the socket.
-#[inline(always)]
-fn client(ctx: &SockAddrContext, ends: &Ends) -> Addr {
-    let cookie = cookie(ctx);
-    namespace_client(&ends.addr, if cookie == NETNS_COOKIE.load() { 0 } else { cookie })
+    unsafe { bpf_get_netns_cookie(ctx.sock_addr.cast()) == NETNS_COOKIE.load() }
 }
 
 #[inline(always)]
@@ -154,11 +161,11 @@ fn send(ctx: &SockAddrContext, family: Family) -> i32 {
 #[inline(always)]
 fn apply(ctx: &SockAddrContext, family: Family, hash: u32, connects: bool) -> i32 {
     let mut ends = ends(ctx, family);
-    let maps = Maps::of_socket(ctx.sock_addr);
-    if !socket::may_be_translated(&ends, cookie(ctx) == NETNS_COOKIE.load(), &maps) {
+    let is_node = is_node(ctx);
+    if !socket::may_be_translated(&ends, is_node, &Maps::of_socket(ctx.sock_addr)) {
         return ALLOW;
     }
-    match translate(ctx, &mut ends, hash, connects) {
+    match translate(ctx, &mut ends, is_node, hash, connects) {
         Verdict::Translate => {
             rename(ctx, family, &ends.addr, ends.port);
             ALLOW
@@ -177,11 +184,11 @@ fn apply(ctx: &SockAddrContext, family: Family, hash: u32, connects: bool) -> i3
 }
 
 #[inline(never)]
-fn translate(ctx: &SockAddrContext, ends: &mut Ends, hash: u32, connects: bool) -> Verdict {
+fn translate(ctx: &SockAddrContext, ends: &mut Ends, is_node: bool, hash: u32, connects: bool) -> Verdict {
     let mut maps = Maps::of_socket(ctx.sock_addr);
     let Some(pairs) = storage(ctx) else { return Verdict::Pass };
-    let client = client(ctx, ends);
-    let reason = socket::translate(ends, &client, hash, connects, pairs, &mut maps);
+    let bound = bound(ctx);
+    let reason = socket::translate(ends, &bound, is_node, hash, connects, pairs, &mut maps);
     Maps::count(reason);
     reason.verdict()
 }

@@ -8,10 +8,10 @@ use std::net::{IpAddr, SocketAddr, TcpStream, UdpSocket};
 use std::time::Duration;
 
 use tests::cluster::{By, Cluster, KINDS, addressed, one_service_a_kind};
-use tests::manifest::Service;
+use tests::manifest::{PodObject, Service};
 use tests::traffic::client::{ask_datagram, ask_on};
 use tests::traffic::socket::{connect_tcp, hear_errors, udp_for};
-use tests::{Client, Topology};
+use tests::{Client, Protocol, Topology};
 
 const TIMEOUT: Duration = Duration::from_millis(500);
 
@@ -135,6 +135,39 @@ fn a_socket_of_the_node_that_is_left_alone_reaches_what_is_no_service() {
         look(&node, to, "p2-1").unwrap();
         if let Some(to) = mapped(to) {
             look(&node, to, "p2-1").unwrap();
+        }
+    }
+}
+
+#[test]
+fn source_ranges_judge_a_pod_by_its_own_address() {
+    const NUMBER: u16 = 21;
+    for flags in [&[][..], &["--socket-lb", "all"]] {
+        // Two agents on one cgroup would both translate sockets of all pods.
+        let cluster = Cluster::new(Topology { nodes: 1, ..Topology::default() }, flags, |lab| {
+            let pod = lab.pod(1, 1);
+            let ranges = serde_json::json!([format!("{}/32", pod.v4), format!("{}/128", pod.v6)]);
+            let service = addressed(Service::new("ranged").selector("app", "ranged"), NUMBER);
+            lab.manifests().write("ranged.json", service.spec("loadBalancerSourceRanges", ranges));
+            lab.manifests().write("pod.json", PodObject::of(lab.pod(1, 2)).label("app", "ranged"));
+        });
+        let lab = &cluster.lab;
+        let clients = [lab.client(lab.pod(1, 1)), lab.client(lab.pod(1, 2)), lab.host_client(lab.node(1))];
+        for (client, (who, may)) in clients.into_iter().zip([("in", true), ("out", false), ("the node", false)]) {
+            let client = client.with_timeout(TIMEOUT);
+            for protocol in [Protocol::Tcp, Protocol::Udp, Protocol::UdpUnconnected] {
+                for to in By::LoadBalancer.addresses(NUMBER) {
+                    match (client.ask(protocol, to), may) {
+                        (Ok(answer), true) => assert_eq!(answer.by, "p1-2"),
+                        (Err(error), false) if error.kind() != ErrorKind::ConnectionRefused => {}
+                        (other, _) => panic!("{flags:?}: {who}, {protocol:?} {to}: {other:?}"),
+                    }
+                }
+                // The ranges are about addresses of load balancers.
+                for to in By::ClusterIp.addresses(NUMBER) {
+                    assert_eq!(client.ask(protocol, to).unwrap().by, "p1-2", "{flags:?}: {who}, {protocol:?} {to}");
+                }
+            }
         }
     }
 }

@@ -50,7 +50,9 @@ impl Expected {
         let node_ports = spec.ports.iter().filter(|port| port.node_port != 0).count();
         self.services += ports;
         self.frontends += families + ports * (families + spec.external_ips.len() + ingress) + node_ports * families;
-        self.source_ranges += ports * (spec.load_balancer_source_ranges.len() + ingress);
+        if !spec.load_balancer_source_ranges.is_empty() {
+            self.source_ranges += ports * (spec.load_balancer_source_ranges.len() + ingress + families);
+        }
     }
 }
 
@@ -105,7 +107,8 @@ mod tests {
                 frontends: memory.frontends.len(),
                 // The Pod of the Service that has a slice.
                 endpoints: memory.endpoints.len() + 4,
-                source_ranges: memory.source_ranges.len() + 20 * 2,
+                // What comes beside where a range holds the node.
+                source_ranges: memory.source_ranges.len() + 20 * 2 * 3,
             }
         );
     }

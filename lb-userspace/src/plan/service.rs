@@ -11,7 +11,7 @@ use std::{
 use ipnet::IpNet;
 use lb_common::{
     addr::{Addr, Port},
-    affinity::DEFAULT_TIMEOUT,
+    affinity::{DEFAULT_TIMEOUT, node_client},
     layout::{FrontendKey, frontend_flags},
 };
 
@@ -113,9 +113,12 @@ impl Reader<'_> {
             let load_balancer = of_family(&load_balancer, &cluster_ip);
             let mut source_ranges: BTreeSet<IpNet> =
                 ranges.iter().copied().filter(|range| same_family(&range.addr(), &cluster_ip)).collect();
-            // What the node sends to such an address may have the address as its source.
-            if node.primary.iter().any(|primary| source_ranges.iter().any(|range| range.contains(primary))) {
+            let admits_node =
+                node.primary.iter().any(|primary| source_ranges.iter().any(|range| range.contains(primary)));
+            // What the node sends to such an address may have the address as its source; its sockets have none yet.
+            if admits_node {
                 source_ranges.extend(load_balancer.iter().copied().map(host));
+                source_ranges.insert(host(node_client(&cluster_ip.into()).into()));
             }
             Family { cluster_ip, external: of_family(&external, &cluster_ip), load_balancer, source_ranges }
         };

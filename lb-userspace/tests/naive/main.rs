@@ -26,7 +26,7 @@ use fairlead::{
 };
 use lb_common::{
     addr::{Addr, Port},
-    affinity::{AffinityKey, namespace_client},
+    affinity::{AffinityKey, node_client},
     decide::{Class, Decision, Question, classify, decide},
     layout::{Device, Endpoint, device_flags, protocol},
     memory::Memory,
@@ -196,18 +196,21 @@ fn question(packet: &Packet) -> Question {
 /// Whose packet it is, to the programs.
 fn client(packet: &Packet) -> Addr {
     let src = packet.from.into();
-    if packet.from_node { namespace_client(&src, 0) } else { src }
+    if packet.from_node { node_client(&src) } else { src }
 }
 
 /// What the tables do with a packet, every endpoint of the range tried.
 fn fate(tables: &Clients<'_>, packet: &Packet) -> Fate {
-    let question = question(packet);
-    match classify(&question, tables) {
+    answer(tables, &question(packet), &client(packet))
+}
+
+fn answer(tables: &Clients<'_>, question: &Question, client: &Addr) -> Fate {
+    match classify(question, tables) {
         Class::Pass(_) => Fate::Pass,
         Class::Reject(_) => Fate::Reject,
         Class::Drop(_) => Fate::Drop,
         Class::Forward(forward) => {
-            let chosen = (0..forward.range.len).map(|hash| match decide(&question, &client(packet), hash, tables) {
+            let chosen = (0..forward.range.len).map(|hash| match decide(question, client, hash, tables) {
                 Decision::Forward(choice) => (socket(&choice.endpoint), choice.masquerade),
                 other @ (Decision::Reject(_) | Decision::Drop(_) | Decision::Pass(_)) => panic!("{other:?}"),
             });
@@ -250,6 +253,12 @@ proptest! {
             let tables = Clients { tables: &world.kernel, last: &world.clients.last, ticks: Remembered::judged(world.now) };
             for (number, packet) in packets().enumerate() {
                 prop_assert_eq!(fate(&tables, &packet), specified.fate(&packet), "{:?}", packet);
+                // A socket of the node has no source yet, and is nobody's to masquerade.
+                if packet.from_node && specified.primary().contains(&packet.from) {
+                    let client = client(&packet);
+                    let found = answer(&tables, &Question { src: client, ..question(&packet) }, &client);
+                    prop_assert_eq!(found.without_source(), specified.fate(&packet).without_source(), "{:?}", packet);
+                }
                 let key = specified.noted(&packet);
                 let Decision::Forward(choice) = decide(&question(&packet), &client(&packet), number as u32, &tables) else {
                     continue;

@@ -24,6 +24,16 @@ pub enum Fate {
     Forward(BTreeMap<SocketAddr, bool>),
 }
 
+impl Fate {
+    /// Whoever gets it, whichever address they see.
+    pub fn without_source(mut self) -> Self {
+        if let Self::Forward(endpoints) = &mut self {
+            endpoints.values_mut().for_each(|masqueraded| *masqueraded = false);
+        }
+        self
+    }
+}
+
 /// A packet that starts a connection.
 #[derive(Clone, Copy, Debug)]
 pub struct Packet {
@@ -368,7 +378,7 @@ impl Cluster<'_> {
     }
 
     /// InternalIP before ExternalIP, one of each family (§12).
-    fn primary(&self) -> Vec<IpAddr> {
+    pub fn primary(&self) -> Vec<IpAddr> {
         let of = |type_: &str| -> Vec<IpAddr> {
             let all = self.own().map(|own| list(&own["status"]["addresses"])).unwrap_or_default();
             all.iter().filter(|it| it["type"] == type_).map(|it| address(&text(&it["address"]))).collect()

@@ -175,7 +175,6 @@ fn service() -> impl Strategy<Value = Value> {
             let ingress: Vec<Value> = ingress
                 .iter()
                 .flat_map(|(index, mode)| by_family(&[0, 1], &EXTERNAL_IPS, 1 - *index).into_iter().map(|ip| (ip, *mode)))
-                .filter(|(ip, _)| !external.contains(ip))
                 .map(|(ip, mode)| json!({ "ip": ip, "ipMode": mode }))
                 .collect();
             let headless = type_ == "None";

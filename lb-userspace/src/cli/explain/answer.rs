@@ -5,7 +5,7 @@ use std::{fmt::Write as _, net::SocketAddr};
 use anyhow::Context;
 use lb_common::{
     addr::Port,
-    affinity::{AffinityKey, namespace_client},
+    affinity::{AffinityKey, node_client},
     decide::{Class, Forward, Question, classify},
     layout::{frontend_flags, node_flags},
     reason::Reason,
@@ -113,7 +113,7 @@ fn stay<N: Named>(question: &Question, forward: &Forward, named: &N) -> Option<S
     if wanted.timeout == 0 {
         return None;
     }
-    let client = if question.from_node { namespace_client(&question.src, 0) } else { question.src };
+    let client = if question.from_node { node_client(&question.src) } else { question.src };
     let key = AffinityKey { client, service: forward.service };
     let endpoint = named.remembered(&key).and_then(|(affinity, now)| {
         let endpoint = named.tables().endpoint(affinity.endpoint_id)?;

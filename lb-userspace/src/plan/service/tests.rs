@@ -131,7 +131,11 @@ fn families_have_their_own_addresses_endpoints_and_ranges() {
     assert!(!restricted("1.2.3.4 80") && restricted("2001:db8:1::4 80"));
     let plan = plan_service(&service, &backends, &node).0.unwrap();
     let ranges = plan.ports[0].source_ranges.iter().map(ToString::to_string).collect::<Vec<_>>();
-    assert_eq!(ranges, ["2001:db8::/32", "2001:db8:1::4/128"], "the node may speak to the load balancer's address");
+    assert_eq!(
+        ranges,
+        ["0:0:0:6::/128", "2001:db8::/32", "2001:db8:1::4/128"],
+        "the node may speak to the load balancer's address, bound to it or not"
+    );
     assert_eq!(plan.any_port.len(), 2);
     assert_eq!(plan.local_ready, 1);
 }
