@@ -25,6 +25,7 @@ pub mod sockets;
 mod sys;
 pub mod sysctls;
 pub mod tables;
+mod types;
 
 use std::{collections::BTreeSet, fs, os::fd::AsFd as _};
 

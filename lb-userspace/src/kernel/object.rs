@@ -18,7 +18,7 @@ use std::{
 
 use anyhow::{Context as _, Result, anyhow, bail};
 use aya::{
-    Btf, Ebpf, EbpfLoader,
+    Ebpf, EbpfLoader,
     programs::{CgroupSockAddr, Iter, Program, ProgramError, SchedClassifier},
 };
 use tracing::debug;
@@ -27,6 +27,7 @@ use super::{
     Options, SocketLb, capabilities,
     maps::{Capacity, FLOW_MAPS, Table, flow_shape},
     sys::{self, Map},
+    types,
 };
 
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/lb"));
@@ -121,9 +122,8 @@ impl Programs {
         let program = self.ethernet()?.program_mut(name).with_context(|| format!("no program {name} in the object"))?;
         let program: &mut Iter = program.try_into().with_context(|| format!("program {name} is no iterator"))?;
         if program.fd().is_err() {
-            let types = Btf::from_sys_fs().context("cannot read the kernel's types (CONFIG_DEBUG_INFO_BTF)")?;
+            let types = types::of_iterator(kind)?;
             persevere(|| program.load(kind, &types)).map_err(|error| explain(name, error))?;
-            // They take ten megabytes, this once.
             drop(types);
             sys::release_memory();
         }
