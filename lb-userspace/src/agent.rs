@@ -235,8 +235,8 @@ impl Agent {
     fn begin(&mut self, update: Update, snapshot: &Snapshot) -> Result<()> {
         let changes = update.changes.len();
         debug!(changes, milliseconds = self.milliseconds(), "the first list is read");
-        self.kernel.prepare(&Expected::of(&update.changes))?;
         self.take_in(update);
+        self.kernel.prepare(&Expected::of(self.pipeline.model()))?;
         self.begun = true;
         self.pipeline.compact_model();
         self.set_devices(snapshot);

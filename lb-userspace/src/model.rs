@@ -122,6 +122,20 @@ impl Model {
         union.into_backends()
     }
 
+    /// How many endpoints a Service has at most: those that stand in several slices count in each.
+    #[must_use]
+    pub fn most_backends(&self, name: &ObjectName) -> usize {
+        let Some(service) = self.services.get(name) else { return 0 };
+        if let Some(slices) = self.slices_of.get(name) {
+            return slices
+                .iter()
+                .filter_map(|slice| self.slices.get(slice))
+                .map(|slice| slice.backends().count())
+                .sum();
+        }
+        self.selection.selected(name).map(|pod| pod.backends(service).count()).sum()
+    }
+
     /// This node's own Node object, if the cluster has it.
     #[must_use]
     pub fn node(&self) -> Option<&Node> {

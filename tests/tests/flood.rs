@@ -180,6 +180,20 @@ fn beside_traffic(world: &mut World, work: impl FnOnce(&mut World)) -> Vec<Strin
 }
 
 #[test]
+fn tables_are_made_once_for_a_list_that_comes_in_parts() {
+    let lab = Lab::new(Topology { nodes: 1, pods_per_node: 1, ..Topology::default() });
+    let server = WatchServer::start(&lab).unwrap();
+    for number in 0..1500 {
+        server.put(Service::new(&format!("s{number}")).dual_stack(number + 1).port("tcp", "TCP", 80, TARGET));
+        server.put(slice(number, true, lab.pod(1, 1)));
+    }
+    let _agent = Agent::start_on_api_server(&lab, lab.node(1), server.kubeconfig(), &[]);
+    let growths = get(&lab, "/metrics");
+    let growths: Vec<&str> = growths.lines().filter(|line| line.starts_with("fairlead_table_growths_total")).collect();
+    assert_eq!(growths, ["fairlead_table_growths_total 0"]);
+}
+
+#[test]
 fn a_flood_of_changes_is_kept_up_with_and_harms_no_other_service() {
     let mut world = World::new();
     let before = world.counts();

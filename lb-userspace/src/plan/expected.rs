@@ -1,9 +1,9 @@
 //! How much there will be to write, before it is planned.
 //!
-//! In: a source's first list. Out: numbers from which the kernel's tables are made, so that its programs can be verified while
+//! In: the model once the first list is in it. Out: numbers from which the kernel's tables are made, so that its programs can be verified while
 //! the list is planned. A guess: tables that turn out too small grow.
 
-use crate::model::{Change, Object, Service};
+use crate::model::{Model, Service};
 
 /// About how many entries a list leads to.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -19,26 +19,14 @@ pub struct Expected {
 }
 
 impl Expected {
-    /// What a first list leads to. Which Pods a Service selects is not known yet: each is taken to serve one Service, on as
-    /// many ports as Services have on average.
+    /// What everything that is known leads to.
     #[must_use]
-    pub fn of(changes: &[Change]) -> Self {
+    pub fn of(model: &Model) -> Self {
         let mut expected = Self::default();
-        let (mut services, mut pod_addrs) = (0, 0);
-        for change in changes {
-            match change {
-                Change::Upsert(Object::Service(service)) => {
-                    services += 1;
-                    expected.add(service);
-                }
-                Change::Upsert(Object::EndpointSlice(slice)) => {
-                    expected.endpoints += slice.ports.len() * slice.endpoints.len();
-                }
-                Change::Upsert(Object::Pod(pod)) => pod_addrs += pod.addrs.iter().count(),
-                Change::Upsert(Object::Node(_) | Object::ServiceCidr(_)) | Change::Delete(..) => {}
-            }
+        for (name, service) in model.services() {
+            expected.add(service);
+            expected.endpoints += model.most_backends(name);
         }
-        expected.endpoints += pod_addrs * expected.services.div_ceil(services.max(1));
         expected
     }
 
@@ -61,7 +49,7 @@ mod tests {
     use super::*;
     use crate::{
         image::Image,
-        model::{Interner, PodState, SliceState},
+        model::{Change, Interner, Object, PodState, SliceState},
         pipeline::Pipeline,
         plan::node::NodeOptions,
     };
@@ -93,11 +81,11 @@ mod tests {
             "endpoints":[{"addresses":["10.0.1.1"]},{"addresses":["10.0.1.2"]},{"addresses":["10.0.1.3"]}]}"#;
         let (slice, _) = SliceState::new(&serde_json::from_str(slice).unwrap(), &mut interner);
         changes.push(Change::Upsert(Object::EndpointSlice(slice.into())));
-        let expected = Expected::of(&changes);
         let mut pipeline = Pipeline::new("node1", NodeOptions::default(), Image::default());
         for change in changes {
             pipeline.take(change);
         }
+        let expected = Expected::of(pipeline.model());
         pipeline.compile(0);
         let memory = pipeline.image().memory();
         assert_eq!(
@@ -105,8 +93,7 @@ mod tests {
             Expected {
                 services: memory.services.len(),
                 frontends: memory.frontends.len(),
-                // The Pod of the Service that has a slice.
-                endpoints: memory.endpoints.len() + 4,
+                endpoints: memory.endpoints.len(),
                 // What comes beside where a range holds the node.
                 source_ranges: memory.source_ranges.len() + 20 * 2 * 3,
             }
