@@ -58,7 +58,7 @@ pub struct Pairs {
     pub next: u32,
 }
 
-/// Where a socket of the node wants to send to.
+/// Where a socket wants to send to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Ends {
     /// The address.

@@ -227,7 +227,7 @@ impl Agent {
         u64::try_from(self.start.elapsed().as_millis()).unwrap_or(u64::MAX)
     }
 
-    /// Takes in the source's first list, writes the difference to what is pinned, and attaches.
+    /// Takes in what is left of the source's first list, writes the difference to what is pinned, and attaches.
     ///
     /// # Errors
     ///

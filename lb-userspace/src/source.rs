@@ -1,7 +1,7 @@
 //! What the cluster says, as a stream of [`Change`]s.
 //!
-//! In: an API server, or a folder of manifests. Out: [`Update`]s: a complete first list, then differences. Never here: what the
-//! objects mean to each other.
+//! In: an API server, or a folder of manifests. Out: [`Update`]s: a complete first list, from an API server in parts, then differences.
+//! Never here: what the objects mean to each other.
 
 mod ahead;
 pub mod api;
