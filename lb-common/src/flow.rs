@@ -83,7 +83,7 @@ pub struct Flow {
     /// The endpoint's port.
     pub endpoint_port: Port,
     /// The client's port as the host sees it behind the ingress hook: another than `client_port` only where a connection of
-    /// the same client port through another frontend has the same endpoint.
+    /// the same client port has the same endpoint, through another frontend or through one at all.
     pub forwarded_port: Port,
     /// The node's port; 0 until the source is masqueraded.
     pub node_port: Port,
@@ -130,7 +130,12 @@ pub mod flow_flags {
     pub const AFFINITY: u8 = 1 << 3;
     /// The client is none that the local detector takes for a pod, nor the node itself.
     pub const OUTSIDE: u8 = 1 << 4;
+    /// Through no frontend: the client speaks to the endpoint straight, from a port by which it has a connection through one.
+    pub const STRAIGHT: u8 = 1 << 5;
 }
+
+/// What [`Flow::service`] and [`Flow::endpoint_id`] are with [`flow_flags::STRAIGHT`]. No id is as large.
+pub const NO_ID: u32 = u32::MAX;
 
 /// TCP flags, the 14th byte of the header (RFC 9293 §3.1).
 pub mod tcp_flags {

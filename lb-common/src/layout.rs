@@ -202,6 +202,8 @@ pub mod device_flags {
     pub const NEIGH_V4: u32 = 1 << 1;
     /// The same for IPv6.
     pub const NEIGH_V6: u32 = 1 << 2;
+    /// Others are its ports (a bridge, a bond): what enters by it has entered by one of them, and is seen again.
+    pub const HAS_PORTS: u32 = 1 << 3;
 }
 
 /// What may change while the programs run; the only element of an array.

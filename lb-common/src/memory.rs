@@ -12,7 +12,7 @@ use crate::{
     addr::{Addr, Port},
     affinity::{Affinity, AffinityKey, ticks_of_nanoseconds},
     count::ServiceCounters,
-    flow::{Flow, FlowKey, FragmentKey, FragmentPorts},
+    flow::{Flow, FlowKey, FragmentKey, FragmentPorts, IDLE_TCP, NO_ID},
     layout::{
         Device, Endpoint, Frontend, FrontendKey, NodeAddress, PrefixKey, ServiceName, Settings, bit_index, device_flags,
     },
@@ -121,6 +121,8 @@ pub struct Machine {
     pub affinities: BTreeMap<AffinityKey, Affinity>,
     /// Counters by id of the Service port.
     pub service_counters: BTreeMap<u32, ServiceCounters>,
+    /// When a connection without a frontend was noticed last.
+    pub straight: Option<u32>,
     /// The time in seconds.
     pub now: u32,
     /// Copies of frames that are to enter once more, and by which device.
@@ -227,6 +229,14 @@ impl State for Machine {
         MACHINE_PORTS
     }
 
+    fn has_straight_flows(&self) -> bool {
+        self.straight.is_some_and(|last| self.now.wrapping_sub(last) <= IDLE_TCP)
+    }
+
+    fn note_straight_flow(&mut self) {
+        self.straight = Some(self.now);
+    }
+
     fn leaves_mid_flow(&self) -> bool {
         self.tables.settings.leaves_mid_flow(self.now)
     }
@@ -253,6 +263,6 @@ impl State for Machine {
     }
 
     fn service_counters(&mut self, service: u32) -> Option<&mut ServiceCounters> {
-        Some(self.service_counters.entry(service).or_default())
+        (service != NO_ID).then(|| self.service_counters.entry(service).or_default())
     }
 }

@@ -15,7 +15,7 @@ pub use self::{
 use crate::{
     addr::Port,
     decide::Question,
-    flow::{CARE_INTERVAL, Flow, FlowKey, FragmentKey, state, tcp_flags},
+    flow::{CARE_INTERVAL, Flow, FlowKey, FragmentKey, flow_flags, state, tcp_flags},
     layout::protocol,
     packet::Packet,
     parse::{Headers, Part},
@@ -36,6 +36,8 @@ pub struct Hook {
     /// Whether an earlier hook says that it has translated the packet on its way through this host: a port of a bridge
     /// hands its packets to the bridge, which is a device too. A hint that others may have lost or forged.
     pub translated: bool,
+    /// At egress: whether an earlier hook says that it has made the packet an answer of a connection of ours. A hint as well.
+    pub answered: bool,
     /// Whether the packet entered by no device: a process of the node sends it.
     pub from_node: bool,
 }
@@ -142,6 +144,9 @@ fn care<S: State>(key: &FlowKey, now: u32, flow: &mut Flow, state: &mut S) {
     flow.seen = now;
     keep(&flow.request_key(key.proto), flow, state);
     keep(&flow.forwarded_key(key.proto), flow, state);
+    if flow.flags & flow_flags::STRAIGHT != 0 {
+        state.note_straight_flow();
+    }
     if flow.node_port.be != 0 && !keep(&flow.masqueraded_key(key.proto), flow, state) {
         // It was silent, and its port was wanted by another connection: it gets one anew.
         flow.node_port = Port::ZERO;

@@ -65,6 +65,10 @@ pub trait State: Tables {
     fn bridge_between(&self, ifindex: u32, endpoint: &Addr) -> u32;
     /// First port and number of ports that masquerading may take.
     fn masquerade_ports(&self) -> (u16, u16);
+    /// Whether some connection with [`crate::flow::flow_flags::STRAIGHT`] may be alive.
+    fn has_straight_flows(&self) -> bool;
+    /// Says that one is, from now on for [`crate::flow::IDLE_TCP`].
+    fn note_straight_flow(&mut self);
     /// Whether packets in the middle of an unknown connection are left to the host's stack.
     fn leaves_mid_flow(&self) -> bool;
     /// Whether answers to clients outside are marked (`--reply-mark`), so that connections must remember who is.

@@ -65,6 +65,9 @@ pub static COUNTERS: PerCpuArray<u64, REASONS> = PerCpuArray::new();
 /// By id of the Service port. Grows with the tables.
 #[btf_map]
 pub static SERVICE_COUNTERS: PerCpuArray<ServiceCounters, 1024> = PerCpuArray::new();
+/// When a connection without a frontend was noticed last; 0: never.
+#[btf_map]
+pub static STRAIGHT: Array<u32, 1> = Array::new();
 /// Memory to work in.
 #[btf_map]
 pub static SCRATCH: PerCpuArray<Scratch, 1> = PerCpuArray::new();

@@ -9,7 +9,7 @@ use lb_common::{
     addr::{Addr, Port},
     affinity::{Affinity, AffinityKey, ticks_of_nanoseconds},
     count::ServiceCounters,
-    flow::{Flow, FlowKey, FragmentKey, FragmentPorts},
+    flow::{Flow, FlowKey, FragmentKey, FragmentPorts, IDLE_TCP},
     layout::{BIT_WORDS, Device, Endpoint, Frontend, FrontendKey, NodeAddress, Settings, bit_index, device_flags},
     packet::Packet,
     reason::Reason,
@@ -19,7 +19,7 @@ use lb_common::{
 use crate::maps::{
     AFFINITIES, COUNT_SERVICES, COUNTERS, DEVICES, ENDPOINT_BITS, ENDPOINTS, ENTRIES, FLOWS, FRAGMENTS, FRONTEND_BITS,
     FRONTENDS, LOCAL_CIDRS, MASQUERADE_FIRST, MASQUERADE_PORTS, NEW_FLOWS, NODE_ADDRESSES, Prefix, REFUSALS,
-    REPLY_MARK_MASK, SERVICE_CIDRS, SERVICE_COUNTERS, SETTINGS, SLOTS, SOURCE_RANGES,
+    REPLY_MARK_MASK, SERVICE_CIDRS, SERVICE_COUNTERS, SETTINGS, SLOTS, SOURCE_RANGES, STRAIGHT,
 };
 
 /// So many refusals a second on each CPU; more are dropped.
@@ -274,6 +274,22 @@ impl State for Maps {
     #[inline(always)]
     fn masquerade_ports(&self) -> (u16, u16) {
         (MASQUERADE_FIRST.load() as u16, MASQUERADE_PORTS.load() as u16)
+    }
+
+    #[inline(always)]
+    fn has_straight_flows(&self) -> bool {
+        // The clock is asked only where there is something to compare.
+        STRAIGHT.get(0).is_some_and(|&last| last != 0 && self.now().wrapping_sub(last) <= IDLE_TCP)
+    }
+
+    #[inline(always)]
+    fn note_straight_flow(&mut self) {
+        if let Some(last) = STRAIGHT.get_ptr_mut(0) {
+            // A second that reads as "never" is told as the one before.
+            let now = self.now();
+            // SAFETY: the map's value, a word that is written at once.
+            unsafe { *last = if now == 0 { u32::MAX } else { now } };
+        }
     }
 
     #[inline(always)]

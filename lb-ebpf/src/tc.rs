@@ -32,6 +32,8 @@ const PACKET_OTHERHOST: u32 = 3;
 /// `tc_index` of a packet that ingress has translated. It survives until the packet leaves, unless another classifier has
 /// a use for the field.
 const TRANSLATED: u32 = 0x464c;
+/// `tc_index` of a packet that egress has made an answer, on its way from a bridge or a bond to a port.
+const ANSWERED: u32 = 0x4641;
 
 /// Packets that enter the host.
 #[classifier]
@@ -41,6 +43,11 @@ pub fn ingress(ctx: TcContext) -> i32 {
     if !is_for_host(skb, &hook) {
         Maps::count(Reason::NotForHost);
         return TC_ACT_UNSPEC;
+    }
+    if hook.answered {
+        // By another node of this kernel.
+        // SAFETY: the context is valid as long as the program runs.
+        unsafe { (*skb).tc_index = 0 };
     }
     let mut packet = Skb { skb };
     packet.pull(hook.link_header + if hook.v6 { HEADERS_V6 } else { HEADERS_V4 });
@@ -68,6 +75,10 @@ pub fn egress(ctx: TcContext) -> i32 {
     packet.pull(hook.link_header + if hook.v6 { HEADERS_V6 } else { HEADERS_V4 });
     let Some(scratch) = scratch() else { return TC_ACT_UNSPEC };
     let action = path::egress(&mut packet, &hook, scratch, &mut Maps::of_packet(skb));
+    if matches!(action.reason(), Reason::Reply) {
+        // SAFETY: the context is valid as long as the program runs.
+        unsafe { (*skb).tc_index = ANSWERED };
+    }
     #[cfg(feature = "program-log")]
     crate::log::packet(&ctx, "out", &hook, action.reason());
     finish(action, &hook, skb)
@@ -96,8 +107,9 @@ fn hook(skb: *mut __sk_buff) -> Option<Hook> {
         return None;
     }
     // SAFETY: as above.
-    let (translated, from_node) = unsafe { ((*skb).tc_index == TRANSLATED, (*skb).ingress_ifindex == 0) };
-    Some(Hook { device, link_header: LINK_HEADER.load() as usize, v6, translated, from_node })
+    let (hint, from_node) = unsafe { ((*skb).tc_index, (*skb).ingress_ifindex == 0) };
+    let (translated, answered) = (hint == TRANSLATED, hint == ANSWERED);
+    Some(Hook { device, link_header: LINK_HEADER.load() as usize, v6, translated, answered, from_node })
 }
 
 /// Whether a frame is this host's: by its type, or on a port of a bridge by the bridge's MAC address.

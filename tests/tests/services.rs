@@ -3,12 +3,12 @@
 
 use std::collections::BTreeSet;
 use std::io::ErrorKind;
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use tests::cluster::{By, Cluster, KINDS, clients, one_service_a_kind, own_addresses, refused};
+use tests::cluster::{By, Cluster, KINDS, TARGET, clients, one_service_a_kind, own_addresses, refused};
 use tests::traffic::client::{ask_datagram, ask_on, echo_on, upload};
 use tests::{Agent, Answer, Client, Protocol, Topology, Wiring};
 
@@ -17,8 +17,8 @@ const PROTOCOLS: [Protocol; 3] = [Protocol::Tcp, Protocol::Udp, Protocol::UdpUnc
 /// How soon a change has to be effective; far above what it takes, so that a busy machine fails nothing.
 const SOON: Duration = Duration::from_secs(3);
 
-/// Asks for every pair of client and endpoint, by every address, and lists what went wrong.
-fn everyone_asks_everyone(cluster: &Cluster, pods_at_the_socket: bool) -> Vec<String> {
+/// Asks for every pair of client and endpoint, by every address, and lists what went wrong. `udp_port`: from this port all datagrams come.
+fn everyone_asks_everyone(cluster: &Cluster, pods_at_the_socket: bool, udp_port: Option<u16>) -> Vec<String> {
     let lab = &cluster.lab;
     let mut wrong = Vec::new();
     for (name, client) in clients(lab) {
@@ -31,7 +31,13 @@ fn everyone_asks_everyone(cluster: &Cluster, pods_at_the_socket: bool) -> Vec<St
                 for (family, to) in by.addresses(number).into_iter().enumerate() {
                     for protocol in PROTOCOLS {
                         let what = format!("{name} asks {endpoint} by {by:?}, {protocol:?} {to}");
-                        match client.ask(protocol, to) {
+                        let answer = match udp_port {
+                            Some(port) if protocol != Protocol::Tcp => {
+                                client.ask_from(protocol, unspecified(to, port), to)
+                            }
+                            _ => client.ask(protocol, to),
+                        };
+                        match answer {
                             Err(error) => wrong.push(format!("{what}: {error}")),
                             Ok(answer) if answer.by != endpoint => wrong.push(format!("{what}: {} answers", answer.by)),
                             Ok(answer) => {
@@ -63,9 +69,19 @@ fn everyone_asks_everyone(cluster: &Cluster, pods_at_the_socket: bool) -> Vec<St
     wrong
 }
 
+/// Any address of that family.
+fn unspecified(family: SocketAddr, port: u16) -> SocketAddr {
+    let any: IpAddr = if family.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+    SocketAddr::new(any, port)
+}
+
 fn assert_everyone_reaches_everyone(topology: &Topology, flags: &[&str]) {
     let cluster = Cluster::new(topology.clone(), flags, one_service_a_kind);
-    let wrong = everyone_asks_everyone(&cluster, flags.contains(&"all"));
+    let pods_at_the_socket = flags.contains(&"all");
+    let mut wrong = everyone_asks_everyone(&cluster, pods_at_the_socket, None);
+    // Within the time that a flow of UDP is remembered, also where what one asks through a Service is asked straight by another behind
+    // the same address.
+    wrong.extend(everyone_asks_everyone(&cluster, pods_at_the_socket, Some(40_000)));
     assert!(wrong.is_empty(), "{topology:?} {flags:?}: {} wrong:\n{}", wrong.len(), wrong.join("\n"));
     if topology.cni_rules {
         for node in &cluster.lab.nodes {
@@ -101,6 +117,48 @@ fn everyone_reaches_every_endpoint_over_a_bridge() {
 fn everyone_reaches_every_endpoint_with_pods_translated_at_the_socket() {
     let topology = Topology { cni_rules: true, ..Topology::default() };
     assert_everyone_reaches_everyone(&topology, &["--socket-lb", "all"]);
+}
+
+#[test]
+fn one_client_port_reaches_an_endpoint_through_services_and_straight_at_once() {
+    for wiring in [Wiring::Ptp, Wiring::Bridge { hairpin_mode: false, netfilter: true }] {
+        let cluster =
+            Cluster::new(Topology { wiring, cni_rules: true, ..Topology::default() }, &[], one_service_a_kind);
+        let lab = &cluster.lab;
+        lab.route_pods_from_switch().unwrap();
+        for (client, by, number, endpoint) in [
+            (lab.client(lab.pod(1, 1)), By::ClusterIp, 12, "p2-1"),
+            (lab.client(lab.pod(1, 2)), By::ClusterIp, 14, "node2"),
+            (lab.client(lab.pod(2, 2)), By::LoadBalancer, 11, "p1-1"),
+            (lab.host_client(lab.node(1)), By::NodePort(2), 12, "p2-1"),
+            (lab.host_client(lab.node(2)), By::NodePort(1), 13, "node1"),
+        ] {
+            for (family, through) in by.addresses(number).into_iter().enumerate() {
+                let straight = SocketAddr::new(own_addresses(lab, endpoint)[family], TARGET);
+                let source = unspecified(through, 40_000 + number);
+                let what = format!("{wiring:?} {} to {through} and {straight}", client.netns().name());
+                let mut streams: Vec<_> = [through, straight]
+                    .into_iter()
+                    .map(|to| client.connect_from(source, to).unwrap_or_else(|error| panic!("{what}: {to}: {error}")))
+                    .collect();
+                for round in 0..3 {
+                    for stream in &mut streams {
+                        assert_eq!(ask_on(stream).unwrap().by, endpoint, "{what}");
+                        echo_on(stream, 100_000, round).unwrap_or_else(|error| panic!("{what}: {error}"));
+                    }
+                }
+                drop(streams);
+                let socket = client.udp_from(source, through).unwrap_or_else(|error| panic!("{what}: {error}"));
+                for to in [through, straight, through, straight] {
+                    let answer = ask_datagram(&socket, to).unwrap_or_else(|error| panic!("{what}: {error}"));
+                    assert_eq!(answer.by, endpoint, "{what}");
+                }
+            }
+        }
+        for node in &lab.nodes {
+            assert_eq!(lab.cni_counter(node, "invalid"), 0, "INVALID packets on {}: {wiring:?}", node.name);
+        }
+    }
 }
 
 #[test]

@@ -101,7 +101,9 @@ fn transport<P: Packet, S: State>(
     flow: &mut Flow,
     state: &mut S,
 ) -> Action {
-    if state.may_be_endpoint(&headers.src, headers.sport)
+    // Where a client speaks to an endpoint straight as well, the answer of one connection can look like the other's before it is translated.
+    if !hook.answered
+        && state.may_be_endpoint(&headers.src, headers.sport)
         && let Some(action) = reply(packet, headers, flow, state)
     {
         return action;

@@ -71,7 +71,7 @@ pub fn may_enter<P: Packet, S: State>(packet: &P, hook: &Hook, state: &S) -> boo
         || state.may_be_frontend(&dst.unspecified(), dport)
         || state.may_be_frontend(&dst, Port::ZERO)
         || dport.number().wrapping_sub(first) < ports
-        || opens && !hook.translated && state.may_be_endpoint(&dst, dport)
+        || !hook.translated && state.may_be_endpoint(&dst, dport) && (opens || state.has_straight_flows())
         || state.in_service_cidr(&dst)
 }
 

@@ -5,7 +5,7 @@ use super::{
     Action, At, Hook, Scratch, care, close, complete_fragment, confirm,
     glance::may_enter,
     is_mid_flow,
-    open::{establish, open},
+    open::{establish, is_seen_again, open, open_straight},
     settled, wants_care,
 };
 use crate::{
@@ -84,19 +84,18 @@ fn transport<P: Packet, S: State>(
     {
         return action;
     }
-    if state.may_be_frontend(&headers.dst, headers.dport)
+    let may_be_ours = state.may_be_frontend(&headers.dst, headers.dport)
         || state.may_be_frontend(&headers.dst.unspecified(), headers.dport)
-        || state.may_be_frontend(&headers.dst, Port::ZERO)
+        || state.may_be_frontend(&headers.dst, Port::ZERO);
+    let may_be_straight = !hook.translated && state.may_be_endpoint(&headers.dst, headers.dport);
+    if (may_be_ours || may_be_straight && state.has_straight_flows())
+        && let Some(action) = known(packet, hook, headers, flow, state)
     {
-        if let Some(action) = known(packet, hook, headers, flow, state) {
-            return action;
-        }
-        let action = open(hook, headers, question, flow, state);
-        match action.reason() {
-            Reason::NewFlow | Reason::MidFlow => return establish(packet, hook, headers, flow, state),
-            Reason::NotService => {}
-            _ => return action,
-        }
+        return action;
+    }
+    let mut action = Action::Next(Reason::NotService);
+    if may_be_ours {
+        action = open(hook, headers, question, flow, state);
     } else if state.in_service_cidr(&headers.dst) {
         return if is_mid_flow(headers) && state.leaves_mid_flow() {
             Action::Next(Reason::MidFlowForeign)
@@ -104,13 +103,17 @@ fn transport<P: Packet, S: State>(
             Action::Drop(Reason::Unallocated)
         };
     }
-    if !hook.translated
-        && (headers.proto != protocol::TCP || headers.tcp & (tcp_flags::SYN | tcp_flags::ACK) == tcp_flags::SYN)
-        && state.may_be_endpoint(&headers.dst, headers.dport)
+    if may_be_straight
+        && matches!(action.reason(), Reason::NotService)
+        && !is_mid_flow(headers)
+        && open_straight(hook, headers, flow, state)
     {
-        direct(headers, state);
+        action = Action::Next(Reason::NewFlow);
     }
-    Action::Next(Reason::NotService)
+    match action.reason() {
+        Reason::NewFlow | Reason::MidFlow => establish(packet, hook, headers, flow, state),
+        _ => action,
+    }
 }
 
 /// A request of a connection that is known, and stays with its endpoint.
@@ -127,6 +130,10 @@ fn known<P: Packet, S: State>(
     let flow = state.flow(&key)?;
     scratch.service = flow.service;
     if flow.is_idle(headers.proto, now) {
+        return None;
+    }
+    // A bridge shows a request again that one of its ports has translated, and that looks like this.
+    if flow.flags & flow_flags::STRAIGHT != 0 && hook.translated {
         return None;
     }
     // TCP and SCTP stay with an endpoint that is gone, as kube-proxy's do; only a new connection must not (`pitfalls.md` P1).
@@ -146,6 +153,7 @@ fn known<P: Packet, S: State>(
         (flow.endpoint, flow.endpoint_port, flow.forwarded_port, flow.bridge, flow.seen);
     // The rest is not kept on the stack, which is short.
     (scratch.endpoint_id, scratch.generation, scratch.state) = (flow.endpoint_id, flow.generation, flow.state);
+    scratch.flags = flow.flags;
     flow.seen = now;
     if asks_endpoint {
         if !holds(headers, scratch, state) {
@@ -154,6 +162,9 @@ fn known<P: Packet, S: State>(
     } else if headers.proto == protocol::TCP && state.terminates() && is_cut_off(headers, scratch, state) {
         close(&key, state::RESET, scratch, state);
         return Some(terminate(packet, hook, headers, state));
+    }
+    if scratch.flags & flow_flags::STRAIGHT != 0 && is_seen_again(hook, state) {
+        return None;
     }
     if closes {
         close(&key, 0, scratch, state);
@@ -177,19 +188,22 @@ fn opens_association<P: Packet>(packet: &P, headers: &Headers) -> bool {
 }
 
 /// Whether a flow goes on as it is: its endpoint serves, and the packet's destination is the same Service port's still. An
-/// external address may have become another's.
+/// external address may have become another's, and an endpoint's a Service's.
 #[inline(never)]
 fn holds<S: State>(headers: &Headers, flow: &Flow, state: &S) -> bool {
-    serves(flow, state)
-        && find(&headers.dst, headers.dport, headers.proto, state)
-            .is_some_and(|frontend| frontend.service == flow.service)
+    let frontend = find(&headers.dst, headers.dport, headers.proto, state);
+    if flow.flags & flow_flags::STRAIGHT != 0 {
+        return frontend.is_none();
+    }
+    serves(flow, state) && frontend.is_some_and(|frontend| frontend.service == flow.service)
 }
 
 /// Whether a TCP connection has lost its endpoint. Where both sides have said that they are done, it may end by itself.
 #[inline(never)]
 fn is_cut_off<S: State>(headers: &Headers, flow: &Flow, state: &S) -> bool {
     let goes_on = flow.state & state::RESET != 0 || !flow.is_closed();
-    goes_on && headers.tcp & tcp_flags::RST == 0 && !serves(flow, state)
+    let has_frontend = flow.flags & flow_flags::STRAIGHT == 0;
+    goes_on && has_frontend && headers.tcp & tcp_flags::RST == 0 && !serves(flow, state)
 }
 
 #[inline(always)]
@@ -250,23 +264,6 @@ fn masquerade_reply<P: Packet, S: State>(
         Some(()) => Action::Next(Reason::MasqueradeReply),
         None => Action::Drop(Reason::Internal),
     })
-}
-
-/// A client speaks to an endpoint without a frontend, from a port by which it reached that endpoint through one: answers
-/// must keep the endpoint's address from now on.
-///
-/// A live UDP flow through the frontend wins; a TCP connection can't be live where the client sends a new SYN.
-#[inline(never)]
-fn direct<S: State>(headers: &Headers, state: &mut S) {
-    let key = FlowKey::new(Kind::Forwarded, headers.src, headers.sport, headers.dst, headers.dport, headers.proto);
-    let now = state.now();
-    let Some(flow) = state.flow(&key) else { return };
-    if headers.proto != protocol::TCP && !flow.is_idle(headers.proto, now) {
-        return;
-    }
-    let request = flow.request_key(headers.proto);
-    state.remove_flow(&key);
-    state.remove_flow(&request);
 }
 
 /// A later fragment whose first was never seen: to an address that only Services have it can't be anything else, elsewhere

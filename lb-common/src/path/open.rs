@@ -5,9 +5,9 @@ use crate::{
     addr::{Addr, Port},
     affinity::AffinityKey,
     decide::{Choice, Decision, Question, decide},
-    flow::{Flow, FlowKey, Kind, flow_flags, state},
+    flow::{Flow, FlowKey, Kind, NO_ID, flow_flags, state},
     hash,
-    layout::{frontend_flags, protocol},
+    layout::{device_flags, frontend_flags, protocol},
     packet::Packet,
     parse::{Headers, Part},
     reason::Reason,
@@ -106,6 +106,65 @@ fn make(flow: &mut Flow, headers: &Headers, choice: &Choice, now: u32) {
     }
 }
 
+/// A client speaks to an endpoint without a frontend, from a port by which it may have a connection through one. Where that one is
+/// alive, this one needs another port, as netfilter would give it: `flow` is its entry to [`establish`]. Where it is over, nothing is
+/// left of it, and answers keep the endpoint's address.
+///
+/// The packet opens a connection, if there is such a thing in its protocol, and belongs to none that is known.
+#[inline(never)]
+pub(super) fn open_straight<S: State>(hook: &Hook, headers: &Headers, flow: &mut Flow, state: &mut S) -> bool {
+    let now = state.now();
+    make_straight(flow, headers, now);
+    let flow = core::hint::black_box(flow);
+    if state.has_straight_flows() {
+        // What it may have been before is over.
+        let request = flow.request_key(headers.proto);
+        if state.flow(&request).is_some_and(|known| known.flags & flow_flags::STRAIGHT != 0) {
+            state.remove_flow(&request);
+        }
+    }
+    let key = flow.forwarded_key(headers.proto);
+    let Some(other) = state.flow(&key) else { return false };
+    let is_over = other.is_idle(headers.proto, now) || other.is_closed();
+    if is_seen_again(hook, state) {
+        return false;
+    }
+    if !is_over {
+        return !matches!(headers.part, Part::Later);
+    }
+    if let Some(request) = state.flow(&key).map(|other| other.request_key(headers.proto)) {
+        state.remove_flow(&key);
+        state.remove_flow(&request);
+    }
+    false
+}
+
+/// Whether a packet has entered the host by another device before: a bridge shows what came by its ports, where it may have been
+/// translated, and [`Hook::translated`] may be lost on the way.
+#[inline(never)]
+pub(super) fn is_seen_again<S: State>(hook: &Hook, state: &S) -> bool {
+    state.device(hook.device).is_some_and(|device| device.flags & device_flags::HAS_PORTS != 0)
+}
+
+/// The entry of a connection that has no frontend.
+#[inline(always)]
+fn make_straight(flow: &mut Flow, headers: &Headers, now: u32) {
+    *flow = Flow {
+        client: headers.src,
+        frontend: headers.dst,
+        endpoint: headers.dst,
+        client_port: headers.sport,
+        frontend_port: headers.dport,
+        endpoint_port: headers.dport,
+        forwarded_port: headers.sport,
+        flags: flow_flags::STRAIGHT,
+        endpoint_id: NO_ID,
+        service: NO_ID,
+        seen: now,
+        ..Flow::NONE
+    };
+}
+
 /// Remembers a new connection and sends its first packet to the endpoint. What answers a packet of the node itself is
 /// none, and passes.
 #[inline(never)]
@@ -121,6 +180,9 @@ pub(super) fn establish<P: Packet, S: State>(
     }
     if flow.flags & flow_flags::MASQUERADE == 0 {
         flow.bridge = state.bridge_between(hook.device, &flow.endpoint);
+    }
+    if flow.flags & flow_flags::STRAIGHT != 0 {
+        state.note_straight_flow();
     }
     if !remember(flow, headers.proto, state) {
         return Action::Drop(Reason::FlowTableFull);
@@ -145,7 +207,7 @@ fn note_client<S: State>(flow: &Flow, state: &mut S) {
 }
 
 /// Makes the entries of a connection, from another source port where the client's is taken: a live connection of the same
-/// client end to the same endpoint through another frontend has the same answers.
+/// client end to the same endpoint, through another frontend or straight, has the same answers.
 #[inline(never)]
 fn remember<S: State>(flow: &mut Flow, proto: u8, state: &mut S) -> bool {
     let mut attempt = 0;
@@ -168,6 +230,6 @@ fn is_taken<S: State>(flow: &Flow, proto: u8, state: &mut S) -> bool {
         let same = other.frontend.same(&flow.frontend)
             && other.frontend_port.be == flow.frontend_port.be
             && other.client_port.be == flow.client_port.be;
-        !same && !other.is_idle(proto, now) && other.state & state::CLOSING == 0
+        !same && !other.is_idle(proto, now) && !other.is_closed()
     })
 }

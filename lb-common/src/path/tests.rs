@@ -16,8 +16,8 @@ use crate::{
     addr::{Addr, Port},
     flow::{Kind, tcp_flags},
     layout::{
-        Cover, Device, Endpoint, Frontend, FrontendKey, PrefixKey, Range, bit_index, endpoint_flags, frontend_flags,
-        node_flags, protocol, settings_flags,
+        Cover, Device, Endpoint, Frontend, FrontendKey, PrefixKey, Range, bit_index, device_flags, endpoint_flags,
+        frontend_flags, node_flags, protocol, settings_flags,
     },
     memory::Machine,
     packet::Packet as _,
@@ -46,6 +46,7 @@ fn answers_to_clients_outside_are_told_from_all_others() {
                 link_header: 14,
                 v6: case.client().is_ipv6(),
                 translated: false,
+                answered: false,
                 from_node: false,
             };
             for segment in [Segment::Tcp(tcp_flags::SYN), Segment::Udp] {
@@ -220,12 +221,26 @@ fn ends(frame: &[u8]) -> (SocketAddr, SocketAddr) {
 }
 
 fn enter(machine: &mut Machine, frame: &mut Vec<u8>) -> Action {
-    let hook = Hook { device: 3, link_header: 14, v6: frame[12] == 0x86, translated: false, from_node: false };
+    let hook = Hook {
+        device: 3,
+        link_header: 14,
+        v6: frame[12] == 0x86,
+        translated: false,
+        answered: false,
+        from_node: false,
+    };
     ingress(frame, &hook, &mut Scratch::NEW.clone(), machine)
 }
 
 fn leave(machine: &mut Machine, frame: &mut Vec<u8>) -> Action {
-    let hook = Hook { device: UPLINK, link_header: 14, v6: frame[12] == 0x86, translated: false, from_node: false };
+    let hook = Hook {
+        device: UPLINK,
+        link_header: 14,
+        v6: frame[12] == 0x86,
+        translated: false,
+        answered: false,
+        from_node: false,
+    };
     egress(frame, &hook, &mut Scratch::NEW.clone(), machine)
 }
 
@@ -380,8 +395,109 @@ fn a_client_that_goes_straight_to_the_endpoint_later_gets_straight_answers() {
     cross(&mut machine, V4.client(), V4.service(), SYN);
     cross(&mut machine, V4.endpoint(), V4.client(), SYN_ACK);
     cross(&mut machine, V4.client(), V4.service(), FIN);
+    cross(&mut machine, V4.endpoint(), V4.client(), FIN);
     assert_eq!(cross(&mut machine, V4.client(), V4.endpoint(), SYN), (V4.client(), V4.endpoint()));
     assert_eq!(cross(&mut machine, V4.endpoint(), V4.client(), SYN_ACK), (V4.endpoint(), V4.client()));
+}
+
+/// What answers an opening segment.
+fn answer_to(segment: Segment) -> Segment {
+    match segment {
+        Segment::Udp => Segment::Udp,
+        Segment::Tcp(_) => SYN_ACK,
+        Segment::Sctp(_) => Segment::Sctp(7),
+    }
+}
+
+/// What follows in the middle of a connection.
+fn middle_of(segment: Segment) -> Segment {
+    match segment {
+        Segment::Udp => Segment::Udp,
+        Segment::Tcp(_) => Segment::Tcp(tcp_flags::ACK),
+        Segment::Sctp(_) => Segment::Sctp(7),
+    }
+}
+
+#[test]
+fn a_client_speaks_to_an_endpoint_straight_and_through_a_service_at_once() {
+    for case in [V4, V6] {
+        for flags in [0, frontend_flags::MASQUERADE] {
+            for segment in [SYN, Segment::Udp, Segment::Sctp(0)] {
+                let mut machine = case.machine(flags);
+                let (client, service, endpoint) = (case.client(), case.service(), case.endpoint());
+                let (answer, middle) = (answer_to(segment), middle_of(segment));
+                let through = cross(&mut machine, client, service, segment).0;
+                assert_eq!(cross(&mut machine, endpoint, through, answer), (service, client));
+
+                let (straight, to) = cross(&mut machine, client, endpoint, segment);
+                assert_eq!((straight.ip(), to), (client.ip(), endpoint), "the client's address is kept");
+                assert!(straight != client && straight != through);
+                for _ in 0..2 {
+                    assert_eq!(cross(&mut machine, endpoint, straight, answer), (endpoint, client));
+                    assert_eq!(cross(&mut machine, client, endpoint, middle), (straight, endpoint));
+                    assert_eq!(cross(&mut machine, endpoint, through, middle), (service, client));
+                    assert_eq!(cross(&mut machine, client, service, middle), (through, endpoint));
+                    // The other entries are looked after in the meantime.
+                    machine.now += 5;
+                }
+
+                // A port shows again what its bridge has made an answer, and that looks like the other's before it was.
+                let mut packet = frame(endpoint, straight, middle);
+                enter(&mut machine, &mut packet);
+                assert_eq!(leave(&mut machine, &mut packet), Action::Next(Reason::Reply));
+                let hook = Hook {
+                    device: 4,
+                    link_header: 14,
+                    v6: client.is_ipv6(),
+                    translated: false,
+                    answered: true,
+                    from_node: false,
+                };
+                egress(&mut packet, &hook, &mut Scratch::NEW.clone(), &mut machine);
+                assert_eq!(ends(&packet), (endpoint, client));
+
+                // Each lives as long as it is used.
+                machine.now += crate::flow::IDLE_UDP_REPLIED - 1;
+                cross(&mut machine, client, endpoint, middle);
+                machine.now += 2;
+                assert_eq!(cross(&mut machine, endpoint, straight, middle), (endpoint, client));
+                assert_eq!(cross(&mut machine, client, endpoint, middle), (straight, endpoint));
+            }
+        }
+    }
+}
+
+#[test]
+fn a_straight_connection_has_its_own_port_again_when_the_other_is_over() {
+    for case in [V4, V6] {
+        let mut machine = case.machine(0);
+        let (client, service, endpoint) = (case.client(), case.service(), case.endpoint());
+        cross(&mut machine, client, service, SYN);
+        cross(&mut machine, endpoint, client, SYN_ACK);
+        let straight = cross(&mut machine, client, endpoint, SYN).0;
+        assert_ne!(straight, client);
+        cross(&mut machine, endpoint, straight, SYN_ACK);
+        for (from, to) in [(client, service), (endpoint, client), (client, endpoint), (endpoint, straight)] {
+            cross(&mut machine, from, to, FIN);
+        }
+        assert_eq!(cross(&mut machine, client, endpoint, SYN), (client, endpoint));
+        assert_eq!(cross(&mut machine, endpoint, client, SYN_ACK), (endpoint, client));
+        assert_eq!(cross(&mut machine, client, endpoint, Segment::Tcp(tcp_flags::ACK)), (client, endpoint));
+    }
+}
+
+#[test]
+fn an_address_of_an_endpoint_that_becomes_a_services_is_a_services() {
+    for segment in [SYN, Segment::Udp] {
+        let mut machine = V4.machine(0);
+        let (client, service, endpoint) = (V4.client(), V4.service(), V4.endpoint());
+        cross(&mut machine, client, service, segment);
+        let (straight, _) = cross(&mut machine, client, endpoint, segment);
+        assert_ne!(straight, client);
+        let other: SocketAddr = "10.244.3.3:8080".parse().unwrap();
+        add_service(&mut machine, 2, endpoint, &[other], 0);
+        assert_eq!(cross(&mut machine, client, endpoint, segment), (client, other));
+    }
 }
 
 #[test]
@@ -396,11 +512,26 @@ fn a_request_that_a_bridge_shows_again_keeps_its_flow() {
         for segment in [SYN, Segment::Udp] {
             let mut packet = frame(V4.client(), V4.service(), segment);
             enter(&mut machine, &mut packet);
-            let hook = Hook { device: 4, link_header: 14, v6: false, translated: true, from_node: false };
+            let hook =
+                Hook { device: 4, link_header: 14, v6: false, translated: true, answered: false, from_node: false };
             let action = ingress(&mut packet, &hook, &mut Scratch::NEW.clone(), &mut machine);
             assert_eq!(action, Action::Next(Reason::NotService));
-            let answer = if matches!(segment, Segment::Udp) { Segment::Udp } else { SYN_ACK };
+            let answer = answer_to(segment);
             assert_eq!(cross(&mut machine, V4.endpoint(), V4.client(), answer), (V4.service(), V4.client()));
+
+            // The bridge itself, where the hint was lost; also while the client speaks to the endpoint straight.
+            let bridge = Device { flags: device_flags::HAS_PORTS, ..Device::default() };
+            machine.tables.devices.insert(4, bridge);
+            for _ in 0..2 {
+                let mut packet = frame(V4.client(), V4.service(), segment);
+                enter(&mut machine, &mut packet);
+                let hook = Hook { translated: false, ..hook };
+                let action = ingress(&mut packet, &hook, &mut Scratch::NEW.clone(), &mut machine);
+                assert_eq!(action, Action::Next(Reason::NotService));
+                assert_eq!(ends(&packet), (V4.client(), V4.endpoint()));
+                assert_eq!(cross(&mut machine, V4.endpoint(), V4.client(), answer), (V4.service(), V4.client()));
+                assert_ne!(cross(&mut machine, V4.client(), V4.endpoint(), segment).0, V4.client());
+            }
         }
     }
 }
@@ -526,7 +657,8 @@ fn what_the_policy_drops_does_not_leave_the_node_by_its_own_processes() {
                     let mut packet = frame(from, to, segment);
                     let before = packet.clone();
                     let v6 = packet[12] == 0x86;
-                    let hook = Hook { device: UPLINK, link_header: 14, v6, translated: false, from_node };
+                    let hook =
+                        Hook { device: UPLINK, link_header: 14, v6, translated: false, answered: false, from_node };
                     let action = egress(&mut packet, &hook, &mut Scratch::NEW.clone(), &mut machine);
                     let wanted = match expected.filter(|_| opens && from_node) {
                         Some(reason) => Action::Drop(reason),
@@ -567,7 +699,7 @@ fn pings_of_the_node_to_services_do_not_get_out_and_neighbour_discovery_does() {
             for from_node in [true, false] {
                 let mut packet = ping(case.node(), to.ip(), kind);
                 let before = packet.clone();
-                let hook = Hook { device: UPLINK, link_header: 14, v6, translated: false, from_node };
+                let hook = Hook { device: UPLINK, link_header: 14, v6, translated: false, answered: false, from_node };
                 let action = egress(&mut packet, &hook, &mut Scratch::NEW.clone(), &mut machine);
                 let wanted = match expected.filter(|_| from_node) {
                     Some(reason) => Action::Drop(reason),
@@ -684,7 +816,7 @@ proptest! {
             *version = if v6 { 0x60 } else { 0x45 };
         }
         let before = packet.clone();
-        let hook = Hook { device: UPLINK, link_header: 14, v6, translated: false, from_node: false };
+        let hook = Hook { device: UPLINK, link_header: 14, v6, translated: false, answered: false, from_node: false };
         let run = if out { egress::<Vec<u8>, Machine> } else { ingress };
         let action = run(&mut packet, &hook, &mut Scratch::NEW.clone(), &mut machine);
         if action.reason().verdict() == Verdict::Pass {

@@ -74,13 +74,14 @@ fn row(key: &FlowKey, flow: &Flow, memory: &Memory, now: u32, selection: &Select
     if key.kind != Kind::Request as u8 || flow.is_idle(key.proto, now) {
         return None;
     }
-    let gone = || ServicePort {
+    let is_straight = flow.flags & flow_flags::STRAIGHT != 0;
+    let nameless = || ServicePort {
         namespace: "-".to_owned(),
-        name: "(gone)".to_owned(),
+        name: if is_straight { "(straight)" } else { "(gone)" }.to_owned(),
         port: String::new(),
         protocol: table::protocol(key.proto),
     };
-    let service = memory.services.get(&flow.service).and_then(ServicePort::of).unwrap_or_else(gone);
+    let service = memory.services.get(&flow.service).and_then(ServicePort::of).unwrap_or_else(nameless);
     selection.wants(&service.namespace, &service.name).then(|| row_of(flow, key.proto, service, now))
 }
 

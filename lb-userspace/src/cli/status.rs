@@ -204,7 +204,7 @@ fn maps(fill: &[Fill], memory: &Memory) -> Vec<Map> {
         "SLOTS" => Some(slots_in_use(memory)),
         "SERVICE_COUNTERS" => Some(memory.services.len() as u64),
         "ENDPOINTS" => Some(memory.endpoints.values().filter(|endpoint| endpoint.flags != 0).count() as u64),
-        "SETTINGS" | "FRONTEND_BITS" | "ENDPOINT_BITS" | "COUNTERS" | "ENTRIES" | "SOCKETS" => None,
+        "SETTINGS" | "FRONTEND_BITS" | "ENDPOINT_BITS" | "STRAIGHT" | "COUNTERS" | "ENTRIES" | "SOCKETS" => None,
         _ => Some(fill.used),
     };
     fill.iter()

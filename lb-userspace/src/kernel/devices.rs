@@ -152,12 +152,16 @@ impl Snapshot {
     /// Rows of the table DEVICES: one for each link, the loopback device too. `is_local` says whether the local detector takes what
     /// enters by a device of this name as local; netfilter would see the bridge where the device is a port of one.
     pub fn device_rows(&self, primary: &[IpAddr], is_local: impl Fn(&str) -> bool) -> BTreeMap<u32, Device> {
+        let masters: BTreeSet<u32> = self.links.values().filter_map(|link| link.master).collect();
         let row = |link: &Link| {
             let bridge = self.bridge_of(link);
             let source = |v4| self.source(link, primary, v4).map(Addr::from);
             let mut flags = 0;
             if is_local(bridge.map_or(&link.name, |bridge| &bridge.name)) {
                 flags |= device_flags::LOCAL_SOURCES;
+            }
+            if masters.contains(&link.ifindex) {
+                flags |= device_flags::HAS_PORTS;
             }
             if let Some(bridge) = bridge {
                 let families = [device_flags::NEIGH_V4, device_flags::NEIGH_V6];
@@ -305,6 +309,7 @@ mod tests {
             assert_eq!(rows[&3].bridge_mac, [2, 0, 0, 0, 0, 1, 0, 0]);
             assert_eq!(IpAddr::from(rows[&3].masquerade_v4), "10.244.0.1".parse::<IpAddr>().unwrap());
             assert_eq!(rows[&2].bridge, 0);
+            assert_eq!(rows[&2].flags, device_flags::LOCAL_SOURCES | device_flags::HAS_PORTS);
         }
     }
 }

@@ -120,7 +120,8 @@ impl Table {
 }
 
 /// Flow state: maps that programs write, which keep their size and their content for life.
-pub const FLOW_MAPS: [&str; 7] = ["FLOWS", "NEW_FLOWS", "ENTRIES", "FRAGMENTS", "AFFINITIES", "COUNTERS", "SOCKETS"];
+pub const FLOW_MAPS: [&str; 8] =
+    ["FLOWS", "NEW_FLOWS", "ENTRIES", "FRAGMENTS", "AFFINITIES", "STRAIGHT", "COUNTERS", "SOCKETS"];
 
 pub(super) const fn flow_shape(name: &str, flows: u32, affinities: u32) -> MapShape {
     let lru = map_type::LRU_HASH;
@@ -130,6 +131,7 @@ pub(super) const fn flow_shape(name: &str, flows: u32, affinities: u32) -> MapSh
         b"ENTRIES" => shape::<u32, u64>(map_type::PERCPU_ARRAY, 2),
         b"FRAGMENTS" => shape::<FragmentKey, FragmentPorts>(lru, 4096),
         b"AFFINITIES" => shape::<AffinityKey, Affinity>(lru, affinities),
+        b"STRAIGHT" => shape::<u32, u32>(map_type::ARRAY, 1),
         b"COUNTERS" => shape::<u32, u64>(map_type::PERCPU_ARRAY, REASONS as u32),
         _ => shape::<u32, Pairs>(map_type::SK_STORAGE, 0),
     }

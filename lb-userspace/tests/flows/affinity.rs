@@ -65,8 +65,14 @@ impl<'a> World<'a> {
         };
         self.port += 1;
         let mut packet = frame(&Flow { from, ..flow.clone() }, self.port);
-        let hook =
-            Hook { device: device(flow), link_header: 14, v6: from.is_ipv6(), translated: false, from_node: false };
+        let hook = Hook {
+            device: device(flow),
+            link_header: 14,
+            v6: from.is_ipv6(),
+            translated: false,
+            answered: false,
+            from_node: false,
+        };
         let action = ingress(&mut packet, &hook, &mut Scratch::NEW.clone(), &mut self.machine);
         assert!(matches!(action, Action::Next(Reason::NewFlow)), "{} {}: {action:?}", self.case.id, flow.name);
         parse(&packet).to
