@@ -4,6 +4,7 @@
 //! libFuzzer and rustc's own instruments, so that the stable compiler does, without `cargo-fuzz`.
 
 use std::fs;
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
 use anyhow::{Context, Result};
@@ -14,7 +15,7 @@ use crate::setup;
 use crate::workspace;
 
 /// The targets, by the names of their programs.
-const TARGETS: [&str; 3] = ["manifests", "packet", "tables"];
+pub const TARGETS: [&str; 3] = ["manifests", "packet", "tables"];
 
 /// What `cargo-fuzz` gives rustc, but for the sanitizer, which only other compilers have: nothing here is unsafe.
 const INSTRUMENTS: &str = "--cfg fuzzing -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \
@@ -35,30 +36,44 @@ pub struct Options {
 /// Builds the targets and runs one after another, until one fails.
 pub fn run(options: &Options) -> Result<ExitCode> {
     setup::ensure()?;
+    let programs = build("release")?;
+    for target in TARGETS.into_iter().filter(|target| options.target.as_deref().is_none_or(|only| only == *target)) {
+        run_target(&programs, target, options.seconds)?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Builds the targets by a profile of theirs, `release` or `short`; answers the folder of their programs.
+pub fn build(profile: &str) -> Result<PathBuf> {
     setup::ensure_fuzzer()?;
     let folder = workspace::root().join("fuzz");
     // Named, so that build scripts and macros are compiled without the instruments.
     let host = host()?;
-    let mut build = workspace::cargo(&["build", "--release", "--target", &host]);
+    let mut build = workspace::cargo(&["build", "--profile", profile, "--locked", "--target", &host]);
     build.current_dir(&folder).env("RUSTFLAGS", INSTRUMENTS).env_remove("CARGO_TARGET_DIR");
     process::run("building the fuzz targets", &mut build)?;
-    for target in TARGETS.into_iter().filter(|target| options.target.as_deref().is_none_or(|only| only == *target)) {
-        let regressions = folder.join("regressions").join(target);
-        let corpus = folder.join("target").join("corpus").join(target);
-        for folder in [&regressions, &corpus] {
-            fs::create_dir_all(folder).with_context(|| format!("creating {}", folder.display()))?;
-        }
-        let mut command = Command::new(folder.join("target").join(host.as_str()).join("release").join(target));
-        command.arg(format!("-max_total_time={}", options.seconds));
-        command.arg(format!("-artifact_prefix={}/", regressions.display()));
-        command.args(["-max_len=4096", "-timeout=10", "-print_final_stats=1"]).arg(&corpus).arg(&regressions);
-        let failed = format!("fuzzing {target}; an input that fails is in fuzz/regressions/{target}");
-        let result = process::run(&failed, &mut command);
-        // Git keeps no empty folder, and none is missed.
-        let _ = fs::remove_dir(&regressions);
-        result?;
+    Ok(folder.join("target").join(host).join(profile))
+}
+
+/// Runs one target for a time.
+pub fn run_target(programs: &Path, target: &str, seconds: u32) -> Result<()> {
+    let folder = workspace::root().join("fuzz");
+    let regressions = folder.join("regressions").join(target);
+    let corpus = folder.join("target").join("corpus").join(target);
+    for folder in [&regressions, &corpus] {
+        fs::create_dir_all(folder).with_context(|| format!("creating {}", folder.display()))?;
     }
-    Ok(ExitCode::SUCCESS)
+    let mut command = Command::new(programs.join(target));
+    command.arg(format!("-max_total_time={seconds}"));
+    command.arg(format!("-artifact_prefix={}/", regressions.display()));
+    // Bytes are choices, and a few of them choose little: they are many from the start.
+    command.args(["-max_len=4096", "-len_control=0", "-timeout=10", "-print_final_stats=1"]);
+    command.arg(&corpus).arg(&regressions);
+    let failed = format!("fuzzing {target}; an input that fails is in fuzz/regressions/{target}");
+    let result = process::run(&failed, &mut command);
+    // Git keeps no empty folder, and none is missed.
+    let _ = fs::remove_dir(&regressions);
+    result
 }
 
 fn host() -> Result<String> {

@@ -6,17 +6,21 @@ use std::path::PathBuf;
 use std::process::{Command, ExitCode, Stdio};
 use std::time::Instant;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use clap::Args;
 use serde_json::Value;
 use tests::residue;
 
 use crate::check;
 use crate::cluster;
+use crate::fuzz;
 use crate::interrupt;
 use crate::process;
 use crate::setup;
 use crate::workspace;
+
+/// How long each fuzz target runs.
+const FUZZ_SECONDS: u32 = 20;
 
 /// What to test.
 #[derive(Args)]
@@ -78,6 +82,7 @@ fn run_all(options: &Options, start: Instant) -> Result<ExitCode> {
     }
     run_doc_tests(options, &mut tally)?;
     look_at_object(options, &mut tally)?;
+    run_fuzzers(options, &mut tally)?;
     look_for_residue(&mut tally)?;
 
     println!("\n{} test programs in {:.0} s, {} ignored", programs.len(), start.elapsed().as_secs_f32(), tally.ignored);
@@ -182,6 +187,30 @@ fn look_at_object(options: &Options, tally: &mut Tally) -> Result<()> {
             Err(error) => {
                 println!("{error:#}");
                 tally.fail(format!("object::{}", name.replace(' ', "_")));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Each fuzz target for a moment: it builds, and what it learns at once breaks nothing.
+fn run_fuzzers(options: &Options, tally: &mut Tally) -> Result<()> {
+    if options.filter.is_some() || options.package.is_some() {
+        return Ok(());
+    }
+    println!("\n=== fuzz, {FUZZ_SECONDS} s each");
+    let programs = fuzz::build("short");
+    for target in fuzz::TARGETS {
+        interrupt::check()?;
+        let result = programs.as_ref().map_err(|error| anyhow!("{error:#}"));
+        match result.and_then(|programs| fuzz::run_target(programs, target, FUZZ_SECONDS)) {
+            Ok(()) => {
+                println!("test {target} ... ok");
+                tally.passed += 1;
+            }
+            Err(error) => {
+                println!("{error:#}");
+                tally.fail(format!("fuzz::{target}"));
             }
         }
     }
