@@ -114,6 +114,8 @@ pub mod state {
     pub const RESET: u8 = 1 << 2;
     /// The endpoint has answered.
     pub const REPLIED: u8 = 1 << 3;
+    /// It is closed, and its ends are those of a connection straight to the endpoint: answers are that one's.
+    pub const OUTLIVED: u8 = 1 << 4;
     /// Any sign that the connection ends.
     pub const CLOSING: u8 = CLIENT_FIN | ENDPOINT_FIN | RESET;
 }

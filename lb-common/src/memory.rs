@@ -230,7 +230,7 @@ impl State for Machine {
     }
 
     fn has_straight_flows(&self) -> bool {
-        self.straight.is_some_and(|last| self.now.wrapping_sub(last) <= IDLE_TCP)
+        self.straight.is_some_and(|last| self.now.wrapping_sub(last).cast_signed() <= IDLE_TCP.cast_signed())
     }
 
     fn note_straight_flow(&mut self) {

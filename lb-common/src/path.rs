@@ -36,7 +36,8 @@ pub struct Hook {
     /// Whether an earlier hook says that it has translated the packet on its way through this host: a port of a bridge
     /// hands its packets to the bridge, which is a device too. A hint that others may have lost or forged.
     pub translated: bool,
-    /// At egress: whether an earlier hook says that it has made the packet an answer of a connection of ours. A hint as well.
+    /// At egress: whether an earlier hook says that it has made the packet an answer of a connection of ours, or an error about one:
+    /// there is nothing left to do. A hint as well.
     pub answered: bool,
     /// Whether the packet entered by no device: a process of the node sends it.
     pub from_node: bool,
@@ -205,6 +206,29 @@ fn note_closing<S: State>(key: &FlowKey, flow: &Flow, state: &mut S) {
         && other.goes_with(flow)
     {
         other.state |= flow.state & state::CLOSING;
+    }
+}
+
+/// Removes all entries of the connection that has this one.
+#[inline(never)]
+fn forget<S: State>(key: &FlowKey, flow: &mut Flow, state: &mut S) {
+    match state.flow(key) {
+        Some(entry) => *flow = *entry,
+        None => return,
+    }
+    let flow = core::hint::black_box(flow);
+    remove(&flow.request_key(key.proto), flow, state);
+    remove(&flow.forwarded_key(key.proto), flow, state);
+    if flow.node_port.be != 0 {
+        remove(&flow.masqueraded_key(key.proto), flow, state);
+    }
+}
+
+/// Removes an entry, unless it is another connection's by now.
+#[inline(never)]
+fn remove<S: State>(key: &FlowKey, flow: &Flow, state: &mut S) {
+    if state.flow(key).is_some_and(|other| other.goes_with(flow) && other.client.same(&flow.client)) {
+        state.remove_flow(key);
     }
 }
 

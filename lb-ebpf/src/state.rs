@@ -278,8 +278,10 @@ impl State for Maps {
 
     #[inline(always)]
     fn has_straight_flows(&self) -> bool {
-        // The clock is asked only where there is something to compare.
-        STRAIGHT.get(0).is_some_and(|&last| last != 0 && self.now().wrapping_sub(last) <= IDLE_TCP)
+        // The clock is asked only where there is something to compare. Another CPU may have noted a moment after this one's.
+        STRAIGHT
+            .get(0)
+            .is_some_and(|&last| last != 0 && self.now().wrapping_sub(last).cast_signed() <= IDLE_TCP.cast_signed())
     }
 
     #[inline(always)]

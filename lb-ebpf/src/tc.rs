@@ -32,7 +32,7 @@ const PACKET_OTHERHOST: u32 = 3;
 /// `tc_index` of a packet that ingress has translated. It survives until the packet leaves, unless another classifier has
 /// a use for the field.
 const TRANSLATED: u32 = 0x464c;
-/// `tc_index` of a packet that egress has made an answer, on its way from a bridge or a bond to a port.
+/// `tc_index` of a packet that egress has made an answer, or an error for who asked, on its way from a bridge or a bond to a port.
 const ANSWERED: u32 = 0x4641;
 
 /// Packets that enter the host.
@@ -75,7 +75,7 @@ pub fn egress(ctx: TcContext) -> i32 {
     packet.pull(hook.link_header + if hook.v6 { HEADERS_V6 } else { HEADERS_V4 });
     let Some(scratch) = scratch() else { return TC_ACT_UNSPEC };
     let action = path::egress(&mut packet, &hook, scratch, &mut Maps::of_packet(skb));
-    if matches!(action.reason(), Reason::Reply) {
+    if matches!(action.reason(), Reason::Reply | Reason::IcmpError) {
         // SAFETY: the context is valid as long as the program runs.
         unsafe { (*skb).tc_index = ANSWERED };
     }

@@ -2,8 +2,8 @@
 //! endpoint any more gets nothing.
 
 use std::collections::BTreeSet;
-use std::io::ErrorKind;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::io::{self, ErrorKind};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -67,6 +67,24 @@ fn everyone_asks_everyone(cluster: &Cluster, pods_at_the_socket: bool, udp_port:
         }
     }
     wrong
+}
+
+/// Sends a datagram that is longer than a packet, and gets it back from there. A fragment may overtake the first, and is lost then:
+/// some tries are made.
+fn echo_in_fragments(socket: &UdpSocket, to: SocketAddr) -> io::Result<()> {
+    let mut tries = 5;
+    loop {
+        socket.send_to(&[7; 4000], to)?;
+        let mut echo = [0; 4096];
+        match socket.recv_from(&mut echo) {
+            Ok((length, from)) => {
+                assert_eq!((length, from), (4000, to));
+                return Ok(());
+            }
+            Err(error) if tries == 0 => return Err(error),
+            Err(_) => tries -= 1,
+        }
+    }
 }
 
 /// Any address of that family.
@@ -134,6 +152,7 @@ fn one_client_port_reaches_an_endpoint_through_services_and_straight_at_once() {
             (lab.host_client(lab.node(2)), By::NodePort(1), 13, "node1"),
         ] {
             for (family, through) in by.addresses(number).into_iter().enumerate() {
+                let client = client.clone().with_timeout(Duration::from_secs(1));
                 let straight = SocketAddr::new(own_addresses(lab, endpoint)[family], TARGET);
                 let source = unspecified(through, 40_000 + number);
                 let what = format!("{wiring:?} {} to {through} and {straight}", client.netns().name());
@@ -152,6 +171,7 @@ fn one_client_port_reaches_an_endpoint_through_services_and_straight_at_once() {
                 for to in [through, straight, through, straight] {
                     let answer = ask_datagram(&socket, to).unwrap_or_else(|error| panic!("{what}: {error}"));
                     assert_eq!(answer.by, endpoint, "{what}");
+                    echo_in_fragments(&socket, to).unwrap_or_else(|error| panic!("{what}: in fragments: {error}"));
                 }
             }
         }

@@ -101,9 +101,7 @@ fn transport<P: Packet, S: State>(
     flow: &mut Flow,
     state: &mut S,
 ) -> Action {
-    // Where a client speaks to an endpoint straight as well, the answer of one connection can look like the other's before it is translated.
-    if !hook.answered
-        && state.may_be_endpoint(&headers.src, headers.sport)
+    if state.may_be_endpoint(&headers.src, headers.sport)
         && let Some(action) = reply(packet, headers, flow, state)
     {
         return action;
@@ -131,8 +129,12 @@ fn reply<P: Packet, S: State>(packet: &mut P, headers: &Headers, scratch: &mut F
     let now = state.now();
     let flow = state.flow(&key)?;
     scratch.service = flow.service;
-    // A new connection straight to the endpoint may reuse the ports of a closed one through a frontend.
-    if headers.tcp & tcp_flags::SYN != 0 && flow.state & state::CLOSING != 0 {
+    // A new connection straight to the endpoint may reuse the ports of a closed one through a frontend. Where its request had
+    // entered by a device of the host, nothing would be left of the other.
+    if headers.tcp & tcp_flags::SYN != 0 && flow.is_closed() {
+        flow.state |= state::OUTLIVED;
+    }
+    if flow.state & state::OUTLIVED != 0 {
         return None;
     }
     let (frontend, port, client_port, replied, seen) =

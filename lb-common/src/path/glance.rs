@@ -78,6 +78,11 @@ pub fn may_enter<P: Packet, S: State>(packet: &P, hook: &Hook, state: &S) -> boo
 /// Whether a packet that leaves may be ours: what [`super::egress`] would answer with "no Service" for sure is false.
 #[inline(never)]
 pub fn may_leave<P: Packet, S: State>(packet: &P, hook: &Hook, state: &S) -> bool {
+    // Where a client speaks to an endpoint straight as well, the answer of one connection can look like the other's before it was
+    // translated; and its later fragments would be taken for those.
+    if hook.answered {
+        return false;
+    }
     let Some(Ends { src, dst, sport, dport, opens, udp }) = ends(packet, hook) else { return true };
     state.may_be_endpoint(&src, sport)
         || state.may_be_endpoint(&dst, dport)

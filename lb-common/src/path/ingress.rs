@@ -36,8 +36,10 @@ pub fn ingress<P: Packet, S: State>(packet: &mut P, hook: &Hook, scratch: &mut S
     let headers = core::hint::black_box(headers);
     let whole = matches!(headers.part, Part::Whole);
     let action = if !headers.has_ports() {
+        // A bridge shows again what one of its ports has translated, and that looks like an error about a straight connection.
+        let error = if hook.translated { None } else { icmp::ingress(packet, headers, quoted, state) };
         // Not within `other`: Linux before 6.7 rounds each frame of a call chain up to 32 bytes, and this is the longest.
-        icmp::ingress(packet, headers, quoted, state).unwrap_or_else(|| other(packet, hook, headers, state))
+        error.unwrap_or_else(|| other(packet, hook, headers, state))
     } else if whole || complete_fragment(headers, At::Ingress, state) {
         let action = transport(packet, hook, headers, question, flow, state);
         settled(packet, headers, action)
@@ -127,13 +129,16 @@ fn known<P: Packet, S: State>(
 ) -> Option<Action> {
     let key = FlowKey::new(Kind::Request, headers.src, headers.sport, headers.dst, headers.dport, headers.proto);
     let now = state.now();
-    let flow = state.flow(&key)?;
+    let mut flow = state.flow(&key)?;
+    if flow.flags & flow_flags::STRAIGHT != 0 {
+        // A bridge shows a request again that one of its ports has translated, and that looks like this.
+        if hook.translated || is_seen_again(hook, state) {
+            return None;
+        }
+        flow = state.flow(&key)?;
+    }
     scratch.service = flow.service;
     if flow.is_idle(headers.proto, now) {
-        return None;
-    }
-    // A bridge shows a request again that one of its ports has translated, and that looks like this.
-    if flow.flags & flow_flags::STRAIGHT != 0 && hook.translated {
         return None;
     }
     // TCP and SCTP stay with an endpoint that is gone, as kube-proxy's do; only a new connection must not (`pitfalls.md` P1).
@@ -162,9 +167,6 @@ fn known<P: Packet, S: State>(
     } else if headers.proto == protocol::TCP && state.terminates() && is_cut_off(headers, scratch, state) {
         close(&key, state::RESET, scratch, state);
         return Some(terminate(packet, hook, headers, state));
-    }
-    if scratch.flags & flow_flags::STRAIGHT != 0 && is_seen_again(hook, state) {
-        return None;
     }
     if closes {
         close(&key, 0, scratch, state);

@@ -1,6 +1,6 @@
 //! The first packet of a connection.
 
-use super::{Action, Hook, is_mid_flow};
+use super::{Action, Hook, forget, is_mid_flow};
 use crate::{
     addr::{Addr, Port},
     affinity::AffinityKey,
@@ -114,29 +114,27 @@ fn make(flow: &mut Flow, headers: &Headers, choice: &Choice, now: u32) {
 #[inline(never)]
 pub(super) fn open_straight<S: State>(hook: &Hook, headers: &Headers, flow: &mut Flow, state: &mut S) -> bool {
     let now = state.now();
-    make_straight(flow, headers, now);
-    let flow = core::hint::black_box(flow);
-    if state.has_straight_flows() {
+    let seen_again = is_seen_again(hook, state);
+    if !seen_again && state.has_straight_flows() {
         // What it may have been before is over.
-        let request = flow.request_key(headers.proto);
-        if state.flow(&request).is_some_and(|known| known.flags & flow_flags::STRAIGHT != 0) {
-            state.remove_flow(&request);
+        let key = FlowKey::new(Kind::Request, headers.src, headers.sport, headers.dst, headers.dport, headers.proto);
+        let known = state.flow(&key).filter(|known| known.flags & flow_flags::STRAIGHT != 0);
+        if let Some(forwarded) = known.map(|known| known.forwarded_key(headers.proto)) {
+            state.remove_flow(&key);
+            state.remove_flow(&forwarded);
         }
     }
-    let key = flow.forwarded_key(headers.proto);
+    let key = FlowKey::new(Kind::Forwarded, headers.src, headers.sport, headers.dst, headers.dport, headers.proto);
     let Some(other) = state.flow(&key) else { return false };
-    let is_over = other.is_idle(headers.proto, now) || other.is_closed();
-    if is_seen_again(hook, state) {
+    if other.is_idle(headers.proto, now) || other.is_closed() {
+        forget(&key, flow, state);
         return false;
     }
-    if !is_over {
-        return !matches!(headers.part, Part::Later);
+    if seen_again || matches!(headers.part, Part::Later) {
+        return false;
     }
-    if let Some(request) = state.flow(&key).map(|other| other.request_key(headers.proto)) {
-        state.remove_flow(&key);
-        state.remove_flow(&request);
-    }
-    false
+    make_straight(flow, headers, now);
+    true
 }
 
 /// Whether a packet has entered the host by another device before: a bridge shows what came by its ports, where it may have been

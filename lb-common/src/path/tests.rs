@@ -487,6 +487,78 @@ fn a_straight_connection_has_its_own_port_again_when_the_other_is_over() {
 }
 
 #[test]
+fn what_an_endpoint_still_sends_to_a_closed_straight_connection_takes_over_no_new_one() {
+    for case in [V4, V6] {
+        let mut machine = case.machine(0);
+        let (client, service, endpoint) = (case.client(), case.service(), case.endpoint());
+        cross(&mut machine, client, service, SYN);
+        cross(&mut machine, endpoint, client, SYN_ACK);
+        let straight = cross(&mut machine, client, endpoint, SYN).0;
+        assert_ne!(straight, client);
+        cross(&mut machine, endpoint, straight, SYN_ACK);
+        for to in [service, endpoint] {
+            cross(&mut machine, client, to, Segment::Tcp(tcp_flags::RST));
+        }
+        assert_eq!(cross(&mut machine, client, endpoint, SYN).0, client);
+        cross(&mut machine, endpoint, client, SYN_ACK);
+        // Over and over, so that entries are looked after.
+        for _ in 0..3 {
+            machine.now += 5;
+            let _ = cross(&mut machine, endpoint, straight, ACK);
+            assert_eq!(cross(&mut machine, client, endpoint, ACK), (client, endpoint));
+            assert_eq!(cross(&mut machine, endpoint, client, ACK), (endpoint, client));
+        }
+    }
+}
+
+#[test]
+fn a_closed_connection_is_outlived_by_a_straight_one_whose_requests_the_host_does_not_see() {
+    for flags in [0, frontend_flags::MASQUERADE] {
+        let mut machine = V4.machine(flags);
+        let (client, service, endpoint) = (V4.client(), V4.service(), V4.endpoint());
+        let through = cross(&mut machine, client, service, SYN).0;
+        cross(&mut machine, endpoint, through, SYN_ACK);
+        cross(&mut machine, client, service, FIN);
+        cross(&mut machine, endpoint, through, FIN);
+        // Ports of one bridge: the request is for another MAC address, the answer leaves by a port like any packet.
+        for answer in [SYN_ACK, ACK] {
+            let mut packet = frame(endpoint, client, answer);
+            leave(&mut machine, &mut packet);
+            assert_eq!(ends(&packet), (endpoint, client), "{flags}");
+        }
+        // Until the port is used by the Service again.
+        let through = cross(&mut machine, client, service, SYN).0;
+        assert_eq!(cross(&mut machine, endpoint, through, SYN_ACK), (service, client));
+    }
+}
+
+#[test]
+fn an_error_that_a_bridge_shows_again_stays_with_its_connection() {
+    let mut machine = V4.machine(0);
+    let (client, service, endpoint) = (V4.client(), V4.service(), V4.endpoint());
+    cross(&mut machine, client, service, Segment::Udp);
+    cross(&mut machine, endpoint, client, Segment::Udp);
+    assert_ne!(cross(&mut machine, client, endpoint, Segment::Udp).0, client);
+
+    // About the answer of the Service, as the client sends it.
+    let answer = frame(service, client, Segment::Udp);
+    let quoted = &answer[14..14 + 28];
+    let (IpAddr::V4(from), IpAddr::V4(to)) = (client.ip(), service.ip()) else { panic!("IPv4") };
+    let icmp = etherparse::Icmpv4Type::DestinationUnreachable(etherparse::icmpv4::DestUnreachableHeader::Port);
+    let mut error = Vec::new();
+    PacketBuilder::ethernet2([2, 0, 0, 0, 0, 1], [2, 0, 0, 0, 0, 2])
+        .ipv4(from.octets(), to.octets(), 64)
+        .icmpv4(icmp)
+        .write(&mut error, quoted)
+        .unwrap();
+    assert_eq!(enter(&mut machine, &mut error), Action::Next(Reason::IcmpError));
+    let at_the_port = error.clone();
+    let hook = Hook { device: 4, link_header: 14, v6: false, translated: true, answered: false, from_node: false };
+    ingress(&mut error, &hook, &mut Scratch::NEW.clone(), &mut machine);
+    assert_eq!(error, at_the_port);
+}
+
+#[test]
 fn an_address_of_an_endpoint_that_becomes_a_services_is_a_services() {
     for segment in [SYN, Segment::Udp] {
         let mut machine = V4.machine(0);

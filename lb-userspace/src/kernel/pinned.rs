@@ -115,7 +115,8 @@ impl Pinned {
                 "NEW_FLOWS" => made.get(1),
                 _ => None,
             };
-            let map = self.flow_map(name)?;
+            // A version before may have had fewer.
+            let Some(map) = open_flow_map(&self.flows, name)? else { continue };
             let used =
                 if matches!(name, "FLOWS" | "NEW_FLOWS" | "FRAGMENTS" | "AFFINITIES") { count(&map)? } else { 0 };
             // Programs make and remove entries meanwhile: a difference below 0 is none.
