@@ -5,14 +5,7 @@ use crate::count::{self, ServiceCounters};
 
 /// A frame through a hook, counted as the programs count.
 fn pass(machine: &mut Machine, frame: &mut Vec<u8>, enters: bool) {
-    let hook = Hook {
-        device: UPLINK,
-        link_header: 14,
-        v6: frame[12] == 0x86,
-        translated: false,
-        answered: false,
-        from_node: false,
-    };
+    let hook = hook_of(UPLINK, frame);
     let mut scratch = Scratch::NEW;
     let action =
         if enters { ingress(frame, &hook, &mut scratch, machine) } else { egress(frame, &hook, &mut scratch, machine) };
