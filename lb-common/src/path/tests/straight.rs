@@ -2,6 +2,7 @@
 //! bridge shows twice.
 
 use super::*;
+use crate::flow::IDLE_TCP;
 
 #[test]
 fn a_client_that_goes_straight_to_the_endpoint_later_gets_straight_answers() {
@@ -88,6 +89,39 @@ fn a_straight_connection_has_its_own_port_again_when_the_other_is_over() {
         assert_eq!(cross(&mut machine, client, endpoint, SYN), (client, endpoint));
         assert_eq!(cross(&mut machine, endpoint, client, SYN_ACK), (endpoint, client));
         assert_eq!(cross(&mut machine, client, endpoint, ACK), (client, endpoint));
+    }
+}
+
+#[test]
+fn a_straight_connection_lives_for_days_if_it_is_used() {
+    for case in [V4, V6] {
+        let mut machine = case.machine(0);
+        let straight = connect_both_ways(&mut machine, &case);
+        for _ in 0..5 {
+            machine.now += IDLE_TCP - 4000;
+            assert_eq!(cross(&mut machine, case.client(), case.endpoint(), ACK), (straight, case.endpoint()));
+            assert_eq!(cross(&mut machine, case.endpoint(), straight, ACK), (case.endpoint(), case.client()));
+        }
+    }
+}
+
+#[test]
+fn a_half_closed_connection_goes_on_beside_a_straight_one_and_beside_another_frontends() {
+    for case in [V4, V6] {
+        let (client, service, endpoint) = (case.client(), case.service(), case.endpoint());
+        let second = SocketAddr::new(service.ip(), 81);
+        for to in [endpoint, second] {
+            let mut machine = case.machine(0);
+            add_service(&mut machine, 2, second, &[endpoint], 0);
+            cross(&mut machine, client, service, SYN);
+            cross(&mut machine, endpoint, client, SYN_ACK);
+            cross(&mut machine, client, service, FIN);
+            let other = cross(&mut machine, client, to, SYN).0;
+            assert_ne!(other, client);
+            assert_eq!(cross(&mut machine, endpoint, other, SYN_ACK), (to, client));
+            assert_eq!(cross(&mut machine, endpoint, client, ACK), (service, client));
+            assert_eq!(cross(&mut machine, client, service, ACK), (client, endpoint));
+        }
     }
 }
 
