@@ -132,7 +132,8 @@ pub mod flow_flags {
     pub const AFFINITY: u8 = 1 << 3;
     /// The client is none that the local detector takes for a pod, nor the node itself.
     pub const OUTSIDE: u8 = 1 << 4;
-    /// Through no frontend: the client speaks to the endpoint straight, from a port by which it has a connection through one.
+    /// Through no frontend: the client speaks to the endpoint straight, from a port by which it has a connection through one. With
+    /// [`MASQUERADE`] the client is the node, whose port one of ours has been masqueraded by.
     pub const STRAIGHT: u8 = 1 << 5;
 }
 

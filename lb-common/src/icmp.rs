@@ -78,7 +78,9 @@ pub fn ingress<P: Packet, S: State>(
             outer: Side::Destination,
             outer_addr: flow.endpoint,
         }
-    } else if let Some(flow) = state.flow(&requests) {
+    } else if let Some(flow) = state.flow(&requests)
+        && flow.flags & flow_flags::FOREIGN == 0
+    {
         // The client's request left as the node's; the error goes to the client.
         Change {
             src: flow.client,

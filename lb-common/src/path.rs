@@ -145,13 +145,19 @@ fn care<S: State>(key: &FlowKey, now: u32, flow: &mut Flow, state: &mut S) {
     flow.seen = now;
     keep(&flow.request_key(key.proto), flow, state);
     keep(&flow.forwarded_key(key.proto), flow, state);
-    if flow.flags & flow_flags::STRAIGHT != 0 {
+    if flow.flags & (flow_flags::STRAIGHT | flow_flags::MASQUERADE) == flow_flags::STRAIGHT {
         state.note_straight_flow();
     }
-    if flow.node_port.be != 0 && !keep(&flow.masqueraded_key(key.proto), flow, state) {
+    keep_port(key.proto, flow, state);
+}
+
+/// Keeps the entry of the port of the node that a connection has, if it has one.
+#[inline(always)]
+fn keep_port<S: State>(proto: u8, flow: &mut Flow, state: &mut S) {
+    if flow.node_port.be != 0 && !keep(&flow.masqueraded_key(proto), flow, state) {
         // It was silent, and its port was wanted by another connection: it gets one anew.
         flow.node_port = Port::ZERO;
-        note_port(key.proto, flow, state);
+        note_port(proto, flow, state);
     }
 }
 

@@ -1,15 +1,15 @@
 //! The way out.
 
 use super::{
-    Action, At, Hook, Scratch, care, close, complete_fragment, confirm, glance::may_leave, note_port, settled,
-    wants_care,
+    Action, At, Hook, Scratch, care, close, complete_fragment, confirm, forget, glance::may_leave, is_mid_flow, keep,
+    keep_port, note_closing, note_port, open::make_straight, settled, wants_care,
 };
 use crate::{
     addr::{Addr, Port},
     decide::{Class, Question, classify},
     flow::{Flow, FlowKey, Kind, flow_flags, state, tcp_flags},
     hash, icmp,
-    layout::{node_flags, protocol},
+    layout::{device_flags, node_flags, protocol},
     packet::Packet,
     parse::{Headers, Part, parse},
     reason::Reason,
@@ -107,13 +107,9 @@ fn transport<P: Packet, S: State>(
         return action;
     }
     if state.may_be_endpoint(&headers.dst, headers.dport) {
+        note_in_use(hook.device, headers, flow, state);
         if let Some(action) = request(packet, hook, headers, flow, state) {
             return action;
-        }
-        let (first, ports) = state.masquerade_ports();
-        let may_be_taken = headers.proto == protocol::SCTP || headers.sport.number().wrapping_sub(first) < ports;
-        if !hook.translated && may_be_taken {
-            note_in_use(headers, flow, state);
         }
     }
     if headers.proto == protocol::UDP && state.may_be_frontend(&headers.src.unspecified(), headers.sport) {
@@ -174,11 +170,16 @@ fn request<P: Packet, S: State>(
     if flow.flags & flow_flags::MASQUERADE == 0 {
         return None;
     }
+    let flags = flow.flags;
     let (mut node, mut port) = (flow.node, flow.node_port);
     // The entry of a closed connection must not lend its port to a new one.
     let again = flow.state & state::CLOSING != 0
         && headers.tcp & (tcp_flags::SYN | tcp_flags::ACK) == tcp_flags::SYN
         && headers.proto == protocol::TCP;
+    // The connection that has had the port for longer looks the same once it is masqueraded.
+    if is_straight_again(flags, hook.device, state) {
+        return None;
+    }
     if port.be == 0 || again {
         if let Err(reason) = take_port(&key, hook.device, taken, state) {
             return Some(Action::Drop(reason));
@@ -308,23 +309,74 @@ fn is_free<S: State>(flow: &mut Flow, port: Port, proto: u8, state: &mut S) -> b
 
 /// A packet to an endpoint that leaves from a port of ours and is none of ours: of a process that asked for this port, or
 /// masqueraded by netfilter, which respects no reservation. No connection of ours may take the same port to the same endpoint.
+/// Where one has it, this one needs another: it gets entries of a connection straight to the endpoint that is masqueraded, and whose
+/// client is the node.
 #[inline(never)]
-fn note_in_use<S: State>(headers: &Headers, flow: &mut Flow, state: &mut S) {
-    if state.node_address(&headers.src) & node_flags::LOCAL == 0 {
+fn note_in_use<S: State>(device: u32, headers: &Headers, flow: &mut Flow, state: &mut S) {
+    let (first, ports) = state.masquerade_ports();
+    let may_be_taken = headers.proto == protocol::SCTP || headers.sport.number().wrapping_sub(first) < ports;
+    if !may_be_taken || state.node_address(&headers.src) & node_flags::LOCAL == 0 || has_left(device, state) {
         return;
     }
-    let key = FlowKey::new(Kind::Masqueraded, headers.src, headers.sport, headers.dst, headers.dport, headers.proto);
-    let now = state.now();
-    if let Some(known) = state.flow(&key) {
-        if known.flags & flow_flags::FOREIGN != 0 {
+    let (now, opens) = (state.now(), !is_mid_flow(headers));
+    let mut key = FlowKey::new(Kind::Request, headers.src, headers.sport, headers.dst, headers.dport, headers.proto);
+    if let Some(known) = state.flow(&key)
+        && known.flags & flow_flags::STRAIGHT != 0
+    {
+        let is_over = known.is_idle(headers.proto, now) || known.state & state::CLOSING != 0;
+        if !opens || !is_over {
             known.seen = now;
             known.note(headers.tcp, state::CLIENT_FIN);
+            *flow = *known;
+            tend(headers.proto, flow, state);
+            return;
         }
-        return;
+        forget(&key, flow, state);
+    }
+    key.kind = Kind::Masqueraded as u8;
+    if let Some(holder) = state.flow(&key) {
+        if holder.flags & flow_flags::FOREIGN != 0 {
+            holder.seen = now;
+            if opens {
+                holder.state = state::REPLIED;
+            }
+            holder.note(headers.tcp, state::CLIENT_FIN);
+            return;
+        }
+        if !opens {
+            return;
+        }
+        if !holder.is_idle(headers.proto, now) && !holder.is_closed() {
+            make_straight(flow, headers, now);
+            flow.flags |= flow_flags::MASQUERADE;
+            let _ = state.insert_flow(&flow.forwarded_key(headers.proto), flow)
+                && state.insert_flow(&flow.request_key(headers.proto), flow);
+            return;
+        }
     }
     // Who answers is not seen before the tuple is wanted: it counts as established until a side ends it.
     *flow = Flow { flags: flow_flags::FOREIGN, state: state::REPLIED, seen: now, ..Flow::NONE };
     state.insert_flow(&key, flow);
+}
+
+/// Whether a packet of the host has left by another device before: of what a bridge sends by its ports the bridge has had a look.
+#[inline(never)]
+fn has_left<S: State>(device: u32, state: &S) -> bool {
+    state.device(device).is_some_and(|device| device.flags & device_flags::IS_PORT != 0)
+}
+
+#[inline(never)]
+fn is_straight_again<S: State>(flags: u8, device: u32, state: &S) -> bool {
+    flags & flow_flags::STRAIGHT != 0 && has_left(device, state)
+}
+
+/// Keeps the other entries of a connection that no way in looks after.
+#[inline(never)]
+fn tend<S: State>(proto: u8, flow: &mut Flow, state: &mut S) {
+    keep(&flow.forwarded_key(proto), flow, state);
+    note_closing(&flow.forwarded_key(proto), flow, state);
+    note_closing(&flow.masqueraded_key(proto), flow, state);
+    keep_port(proto, flow, state);
 }
 
 /// A packet of the node itself from a port that is also a NodePort: the answer will not be a request.

@@ -79,9 +79,10 @@ fn transport<P: Packet, S: State>(
     flow: &mut Flow,
     state: &mut S,
 ) -> Action {
-    // Before anything else: the port may also be a NodePort.
+    // Before anything else: the port may also be a NodePort. What a port of a bridge has made the node's may look like an answer still.
     let (first, ports) = state.masquerade_ports();
-    if (headers.proto == protocol::SCTP || headers.dport.number().wrapping_sub(first) < ports)
+    if !hook.translated
+        && (headers.proto == protocol::SCTP || headers.dport.number().wrapping_sub(first) < ports)
         && let Some(action) = masquerade_reply(packet, headers, flow, state)
     {
         return action;

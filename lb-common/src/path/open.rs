@@ -146,7 +146,7 @@ pub(super) fn is_seen_again<S: State>(hook: &Hook, state: &S) -> bool {
 
 /// The entry of a connection that has no frontend.
 #[inline(always)]
-fn make_straight(flow: &mut Flow, headers: &Headers, now: u32) {
+pub(super) fn make_straight(flow: &mut Flow, headers: &Headers, now: u32) {
     *flow = Flow {
         client: headers.src,
         frontend: headers.dst,

@@ -253,6 +253,15 @@ const ACK: Segment = Segment::Tcp(tcp_flags::ACK);
 const FIN: Segment = Segment::Tcp(tcp_flags::FIN | tcp_flags::ACK);
 const SYN_ACK: Segment = Segment::Tcp(tcp_flags::SYN | tcp_flags::ACK);
 
+/// What answers an opening segment, and what follows in the middle.
+fn answer_and_middle(segment: Segment) -> (Segment, Segment) {
+    match segment {
+        Segment::Udp => (Segment::Udp, Segment::Udp),
+        Segment::Tcp(_) => (SYN_ACK, ACK),
+        Segment::Sctp(_) => (DATA, DATA),
+    }
+}
+
 #[test]
 fn a_request_reaches_the_endpoint_and_the_answer_comes_from_the_frontend() {
     for case in [V4, V6] {
@@ -567,6 +576,26 @@ fn ping(from: IpAddr, to: IpAddr, kind: u8) -> Vec<u8> {
         (IpAddr::V6(from), IpAddr::V6(to)) => {
             let ip = ethernet.ipv6(from.octets(), to.octets(), 255);
             ip.icmpv6_raw(kind, 0, [0; 4]).write(&mut bytes, &[0; 16]).unwrap();
+        }
+        _ => panic!("two families"),
+    }
+    bytes
+}
+
+/// The error that says so about a frame.
+fn port_unreachable(from: IpAddr, to: IpAddr, about: &[u8]) -> Vec<u8> {
+    let ethernet = PacketBuilder::ethernet2([2, 0, 0, 0, 0, 1], [2, 0, 0, 0, 0, 2]);
+    let mut bytes = Vec::new();
+    match (from, to) {
+        (IpAddr::V4(from), IpAddr::V4(to)) => {
+            let port = etherparse::icmpv4::DestUnreachableHeader::Port;
+            let icmp = etherparse::Icmpv4Type::DestinationUnreachable(port);
+            ethernet.ipv4(from.octets(), to.octets(), 64).icmpv4(icmp).write(&mut bytes, &about[14..14 + 28]).unwrap();
+        }
+        (IpAddr::V6(from), IpAddr::V6(to)) => {
+            let port = etherparse::icmpv6::DestUnreachableCode::Port;
+            let icmp = etherparse::Icmpv6Type::DestinationUnreachable(port);
+            ethernet.ipv6(from.octets(), to.octets(), 64).icmpv6(icmp).write(&mut bytes, &about[14..14 + 48]).unwrap();
         }
         _ => panic!("two families"),
     }

@@ -17,7 +17,8 @@ use super::{
 
 /// List the live connections through Services
 ///
-/// Connections of the node's own processes are translated at the socket and are not here; `ss` shows them.
+/// Connections of the node's own processes are translated at the socket and are not here; `ss` shows them. "(straight)" is who speaks to
+/// an endpoint without a Service, and got another port because a connection through one has theirs.
 #[derive(Args, Clone, Debug)]
 #[command(after_help = "Examples:\n  fairlead flows\n  fairlead flows -n default web\n  fairlead flows --output json")]
 pub struct FlowsArgs {

@@ -1,6 +1,7 @@
 //! Requests that leave with the node's address, and its ports.
 
 use super::*;
+use crate::flow::flow_flags;
 
 #[test]
 fn a_masqueraded_request_comes_from_the_node_and_its_answer_finds_the_client() {
@@ -61,6 +62,173 @@ fn a_port_by_which_the_node_itself_reaches_the_endpoint_is_not_taken() {
             machine.now += 121;
             let (again, _) = cross(&mut machine, case.client(), SocketAddr::new(case.service().ip(), 80), segment);
             assert!(again == wanted || again == other, "{again}");
+        }
+    }
+}
+
+/// A connection of ours with an answer, and who the endpoint sees.
+fn masqueraded(case: &Case, segment: Segment) -> (Machine, SocketAddr) {
+    let mut machine = case.machine(frontend_flags::MASQUERADE);
+    let (ours, _) = cross(&mut machine, case.client(), case.service(), segment);
+    let (answer, _) = answer_and_middle(segment);
+    assert_eq!(cross(&mut machine, case.endpoint(), ours, answer), (case.service(), case.client()));
+    (machine, ours)
+}
+
+/// The node itself sends from a port by which a connection of ours is masqueraded: who the endpoint sees.
+fn send_second(machine: &mut Machine, ours: SocketAddr, endpoint: SocketAddr, segment: Segment) -> SocketAddr {
+    let mut packet = frame(ours, endpoint, segment);
+    assert_eq!(leave(machine, &mut packet), Action::Next(Reason::Masqueraded));
+    let (from, to) = ends(&packet);
+    assert_eq!((from.ip(), to), (ours.ip(), endpoint));
+    assert_ne!(from, ours);
+    from
+}
+
+/// What the endpoint answers goes to the node's stack.
+fn receive_second(machine: &mut Machine, from: SocketAddr, to: SocketAddr, ours: SocketAddr, segment: Segment) {
+    let mut packet = frame(from, to, segment);
+    assert_eq!(enter(machine, &mut packet), Action::Next(Reason::MasqueradeReply));
+    assert_eq!(ends(&packet), (from, ours));
+}
+
+#[test]
+fn what_the_node_itself_opens_from_a_masquerade_port_in_use_gets_another_and_both_go_on() {
+    for case in [V4, V6] {
+        for segment in [SYN, Segment::Udp, INIT] {
+            let (answer, middle) = answer_and_middle(segment);
+            let (client, service, endpoint) = (case.client(), case.service(), case.endpoint());
+            let (mut machine, ours) = masqueraded(&case, segment);
+            let second = send_second(&mut machine, ours, endpoint, segment);
+            assert_eq!(send_second(&mut machine, ours, endpoint, segment), second, "sent again");
+            receive_second(&mut machine, endpoint, second, ours, answer);
+            // Each is alive as long as it is used, in one direction alone as well.
+            for _ in 0..3 {
+                machine.now += crate::flow::IDLE_UDP_REPLIED - 1;
+                assert_eq!(send_second(&mut machine, ours, endpoint, middle), second);
+                assert_eq!(cross(&mut machine, client, service, middle), (ours, endpoint));
+            }
+            receive_second(&mut machine, endpoint, second, ours, middle);
+            assert_eq!(cross(&mut machine, endpoint, ours, middle), (service, client));
+            assert_eq!(machine.straight, None, "nothing to look for on the way in");
+
+            // Errors find both.
+            let about = frame(second, endpoint, middle);
+            let mut error = port_unreachable(endpoint.ip(), second.ip(), &about);
+            assert_eq!(enter(&mut machine, &mut error), Action::Next(Reason::IcmpError));
+            let ends_at = if case.client().is_ipv4() { 14 + 20 + 8 + 20 } else { 14 + 40 + 8 + 40 };
+            assert_eq!(error[ends_at..ends_at + 2], ours.port().to_be_bytes());
+
+            // Whatever is evicted of it, the others restore.
+            for kind in [Kind::Request, Kind::Forwarded, Kind::Masqueraded] {
+                machine.flows.retain(|key, (flow, _)| key.kind != kind as u8 || flow.flags & flow_flags::STRAIGHT == 0);
+                machine.now += 2;
+                assert_eq!(send_second(&mut machine, ours, endpoint, middle), second, "without {kind:?}");
+                receive_second(&mut machine, endpoint, second, ours, middle);
+                let of_second = machine.flows.values().filter(|(flow, _)| flow.flags & flow_flags::STRAIGHT != 0);
+                assert_eq!(of_second.count(), 3, "without {kind:?}");
+            }
+
+            // Both ends of both are done, and the port is whose it is next.
+            if matches!(segment, Segment::Tcp(_)) {
+                cross(&mut machine, client, service, FIN);
+                cross(&mut machine, endpoint, ours, FIN);
+                send_second(&mut machine, ours, endpoint, FIN);
+                receive_second(&mut machine, endpoint, second, ours, FIN);
+                assert!(machine.flows.values().all(|(flow, _)| flow.is_closed()), "all entries know");
+            }
+            machine.now += crate::flow::IDLE_UDP_REPLIED + 1;
+            let mut packet = frame(ours, endpoint, segment);
+            assert_eq!(leave(&mut machine, &mut packet), Action::Next(Reason::NotService));
+            let mut packet = frame(endpoint, ours, answer);
+            assert_eq!(enter(&mut machine, &mut packet), Action::Next(Reason::NotService));
+            let (again, _) = cross(&mut machine, client, service, segment);
+            assert_ne!(again, ours, "the node has it");
+        }
+    }
+}
+
+#[test]
+fn a_bridge_and_its_ports_see_who_came_second_to_a_masquerade_port_once() {
+    const PORT: u32 = 8;
+    for case in [V4, V6] {
+        for segment in [SYN, Segment::Udp, INIT] {
+            let (answer, middle) = answer_and_middle(segment);
+            let (client, service, endpoint) = (case.client(), case.service(), case.endpoint());
+            let (mut machine, ours) = masqueraded(&case, segment);
+            machine.tables.devices.get_mut(&UPLINK).unwrap().flags = device_flags::HAS_PORTS;
+            let port = Device { flags: device_flags::IS_PORT, ..machine.tables.devices[&UPLINK] };
+            machine.tables.devices.insert(PORT, port);
+            let at = |device, packet: &[u8], translated| Hook { translated, ..hook_of(device, packet) };
+            // By the bridge, and then by its port.
+            let send = |machine: &mut Machine, from, to, segment| {
+                let mut packet = frame(from, to, segment);
+                enter(machine, &mut packet);
+                for device in [UPLINK, PORT] {
+                    let hook = at(device, &packet, true);
+                    egress(&mut packet, &hook, &mut Scratch::NEW.clone(), machine);
+                }
+                ends(&packet)
+            };
+            let second = send_second(&mut machine, ours, endpoint, segment);
+            for segment in [segment, middle] {
+                assert_eq!(send(&mut machine, client, service, segment), (ours, endpoint));
+                let mut packet = frame(second, endpoint, segment);
+                let hook = at(PORT, &packet, false);
+                let action = egress(&mut packet, &hook, &mut Scratch::NEW.clone(), &mut machine);
+                assert_eq!(action, Action::Next(Reason::NotService));
+            }
+            // The answer the other way.
+            let mut packet = frame(endpoint, second, answer);
+            for (device, translated) in [(PORT, false), (UPLINK, true)] {
+                let hook = at(device, &packet, translated);
+                ingress(&mut packet, &hook, &mut Scratch::NEW.clone(), &mut machine);
+            }
+            assert_eq!(ends(&packet), (endpoint, ours));
+        }
+    }
+}
+
+#[test]
+fn an_error_about_what_the_node_itself_sent_from_a_masquerade_port_is_the_nodes() {
+    for case in [V4, V6] {
+        let mut machine = case.machine(frontend_flags::MASQUERADE);
+        let (wanted, _) = cross(&mut machine, case.client(), case.service(), Segment::Udp);
+        let mut machine = case.machine(frontend_flags::MASQUERADE);
+        let request = frame(wanted, case.endpoint(), Segment::Udp);
+        assert_eq!(leave(&mut machine, &mut request.clone()), Action::Next(Reason::NotService));
+        let error = port_unreachable(case.endpoint().ip(), wanted.ip(), &request);
+        let mut seen = error.clone();
+        assert_eq!(enter(&mut machine, &mut seen), Action::Next(Reason::NotService));
+        assert_eq!(seen, error);
+    }
+}
+
+#[test]
+fn a_silent_udp_flow_keeps_its_port_where_the_node_itself_wants_it() {
+    let (mut machine, ours) = masqueraded(&V4, Segment::Udp);
+    machine.now += crate::flow::SILENT_UDP + 1;
+    let second = send_second(&mut machine, ours, V4.endpoint(), Segment::Udp);
+    assert_eq!(cross(&mut machine, V4.endpoint(), ours, Segment::Udp), (V4.service(), V4.client()));
+    receive_second(&mut machine, V4.endpoint(), second, ours, Segment::Udp);
+}
+
+#[test]
+fn a_connection_of_the_node_is_not_over_because_one_before_it_from_the_same_port_is() {
+    let mut machine = V4.machine(frontend_flags::MASQUERADE);
+    let (wanted, _) = cross(&mut machine, V4.client(), V4.service(), SYN);
+    let mut machine = V4.machine(frontend_flags::MASQUERADE);
+    for segment in [SYN, ACK, FIN] {
+        leave(&mut machine, &mut frame(wanted, V4.endpoint(), segment));
+    }
+    enter(&mut machine, &mut frame(V4.endpoint(), wanted, FIN));
+    leave(&mut machine, &mut frame(wanted, V4.endpoint(), SYN));
+    // So many that they take whatever is free or closed.
+    for i in 0..6000_u16 {
+        let mut packet = frame(SocketAddr::new(V4.client().ip(), 10000 + i), V4.service(), SYN);
+        enter(&mut machine, &mut packet);
+        if leave(&mut machine, &mut packet) == Action::Next(Reason::Masqueraded) {
+            assert_ne!(ends(&packet).0, wanted, "connection {i}");
         }
     }
 }

@@ -15,15 +15,6 @@ fn a_client_that_goes_straight_to_the_endpoint_later_gets_straight_answers() {
     assert_eq!(cross(&mut machine, V4.endpoint(), V4.client(), SYN_ACK), (V4.endpoint(), V4.client()));
 }
 
-/// What answers an opening segment, and what follows in the middle.
-fn answer_and_middle(segment: Segment) -> (Segment, Segment) {
-    match segment {
-        Segment::Udp => (Segment::Udp, Segment::Udp),
-        Segment::Tcp(_) => (SYN_ACK, ACK),
-        Segment::Sctp(_) => (DATA, DATA),
-    }
-}
-
 #[test]
 fn a_client_speaks_to_an_endpoint_straight_and_through_a_service_at_once() {
     for case in [V4, V6] {
@@ -176,16 +167,7 @@ fn an_error_that_a_bridge_shows_again_stays_with_its_connection() {
     assert_ne!(cross(&mut machine, client, endpoint, Segment::Udp).0, client);
 
     // About the answer of the Service, as the client sends it.
-    let answer = frame(service, client, Segment::Udp);
-    let quoted = &answer[14..14 + 28];
-    let (IpAddr::V4(from), IpAddr::V4(to)) = (client.ip(), service.ip()) else { panic!("IPv4") };
-    let icmp = etherparse::Icmpv4Type::DestinationUnreachable(etherparse::icmpv4::DestUnreachableHeader::Port);
-    let mut error = Vec::new();
-    PacketBuilder::ethernet2([2, 0, 0, 0, 0, 1], [2, 0, 0, 0, 0, 2])
-        .ipv4(from.octets(), to.octets(), 64)
-        .icmpv4(icmp)
-        .write(&mut error, quoted)
-        .unwrap();
+    let mut error = port_unreachable(client.ip(), service.ip(), &frame(service, client, Segment::Udp));
     assert_eq!(enter(&mut machine, &mut error), Action::Next(Reason::IcmpError));
     let at_the_port = error.clone();
     let hook = Hook { translated: true, ..hook_of(4, &error) };
