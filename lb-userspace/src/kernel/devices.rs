@@ -21,8 +21,6 @@ use super::links::Port;
 /// Kinds of links as the kernel names them.
 mod kind {
     pub const BRIDGE: &str = "bridge";
-    /// What the host sends by one of their ports it sends by them.
-    pub const WITH_PORTS: [&str; 3] = [BRIDGE, "bond", "team"];
     pub const PAIRS: [&str; 2] = ["veth", "netkit"];
     /// They share a lower device's wire; a pod that has one enters the node by no device of its own.
     pub const SHARING: [&str; 4] = ["macvlan", "macvtap", "ipvlan", "ipvtap"];
@@ -129,10 +127,8 @@ impl Snapshot {
             .collect()
     }
 
-    /// The device of one of these kinds that this one is a port of.
-    fn master_of(&self, link: &Link, kinds: &[&str]) -> Option<&Link> {
-        let master = link.master.and_then(|master| self.links.get(&master))?;
-        master.kind.as_deref().is_some_and(|kind| kinds.contains(&kind)).then_some(master)
+    fn bridge_of(&self, link: &Link) -> Option<&Link> {
+        link.master.and_then(|master| self.links.get(&master)).filter(|m| m.kind.as_deref() == Some(kind::BRIDGE))
     }
 
     /// The source that the kernel would choose for packets that leave by a device: its own first address, else that of
@@ -158,7 +154,7 @@ impl Snapshot {
     pub fn device_rows(&self, primary: &[IpAddr], is_local: impl Fn(&str) -> bool) -> BTreeMap<u32, Device> {
         let masters: BTreeSet<u32> = self.links.values().filter_map(|link| link.master).collect();
         let row = |link: &Link| {
-            let bridge = self.master_of(link, &[kind::BRIDGE]);
+            let bridge = self.bridge_of(link);
             let source = |v4| self.source(link, primary, v4).map(Addr::from);
             let mut flags = 0;
             if is_local(bridge.map_or(&link.name, |bridge| &bridge.name)) {
@@ -166,9 +162,6 @@ impl Snapshot {
             }
             if masters.contains(&link.ifindex) {
                 flags |= device_flags::HAS_PORTS;
-            }
-            if self.master_of(link, &kind::WITH_PORTS).is_some() {
-                flags |= device_flags::IS_PORT;
             }
             if let Some(bridge) = bridge {
                 let families = [device_flags::NEIGH_V4, device_flags::NEIGH_V6];
@@ -296,22 +289,6 @@ mod tests {
     }
 
     #[test]
-    fn what_leaves_by_a_port_has_left_by_its_bridge_or_bond_and_by_a_vrf_it_may_not_have() {
-        for (kind, flags) in [
-            ("bridge", device_flags::IS_PORT | device_flags::NEIGH_V4 | device_flags::NEIGH_V6),
-            ("bond", device_flags::IS_PORT),
-            ("team", device_flags::IS_PORT),
-            ("vrf", 0),
-        ] {
-            let mut port = link(3, "eth0", None);
-            port.master = Some(2);
-            let rows = snapshot(vec![port, link(2, "master", Some(kind))], vec![]).device_rows(&[], |_| false);
-            assert_eq!(rows[&3].flags, flags, "{kind}");
-            assert_eq!(rows[&2].flags, device_flags::HAS_PORTS, "{kind}");
-        }
-    }
-
-    #[test]
     fn a_port_knows_its_bridge_and_whether_netfilter_sees_it() {
         let all = device_flags::NEIGH_V4 | device_flags::NEIGH_V6;
         for (namespace, own, flags) in [
@@ -327,7 +304,7 @@ mod tests {
             let mut snapshot = snapshot(vec![port, bridge], vec![address(2, "10.244.0.1")]);
             snapshot.bridge_netfilter = namespace;
             let rows = snapshot.device_rows(&[], |name| name == "br0");
-            assert_eq!(rows[&3].flags, flags | device_flags::LOCAL_SOURCES | device_flags::IS_PORT);
+            assert_eq!(rows[&3].flags, flags | device_flags::LOCAL_SOURCES);
             assert_eq!(rows[&3].bridge, 2);
             assert_eq!(rows[&3].bridge_mac, [2, 0, 0, 0, 0, 1, 0, 0]);
             assert_eq!(IpAddr::from(rows[&3].masquerade_v4), "10.244.0.1".parse::<IpAddr>().unwrap());
