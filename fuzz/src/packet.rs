@@ -396,7 +396,7 @@ fn judge(before: &Frame, after: &Frame, action: Action, hook: &str) {
 fn enter(machine: &mut Machine, device: u32, frame: &mut Frame) -> Action {
     let before = frame.clone();
     let hook =
-        Hook { device, link_header: frame.l3, v6: frame.v6, translated: false, answered: false, from_node: false };
+        Hook { device, link_header: frame.l3, v6: frame.v6, translated: false, finished: false, from_node: false };
     let action = ingress(&mut frame.bytes, &hook, &mut Scratch::NEW.clone(), machine);
     judge(&before, frame, action, "ingress");
     action
@@ -404,7 +404,7 @@ fn enter(machine: &mut Machine, device: u32, frame: &mut Frame) -> Action {
 
 fn leave(machine: &mut Machine, device: u32, frame: &mut Frame, from_node: bool) -> Action {
     let before = frame.clone();
-    let hook = Hook { device, link_header: frame.l3, v6: frame.v6, translated: false, answered: false, from_node };
+    let hook = Hook { device, link_header: frame.l3, v6: frame.v6, translated: false, finished: false, from_node };
     let action = egress(&mut frame.bytes, &hook, &mut Scratch::NEW.clone(), machine);
     judge(&before, frame, action, "egress");
     action

@@ -99,9 +99,9 @@ pub struct Flow {
     pub service: u32,
     /// When a packet was last noticed, in the programs' seconds.
     pub seen: u32,
-    /// The bridge that requests are handed to by `bpf_redirect_neigh`, or 0: both ends are ports of it, and answers
-    /// don't pass the host's stack either.
-    pub bridge: u32,
+    /// With [`flow_flags::MASQUERADE`] the device by which requests leave. Otherwise the bridge that requests are handed to by
+    /// `bpf_redirect_neigh`, or 0: both ends are ports of it, and answers don't pass the host's stack either.
+    pub device: u32,
 }
 
 /// Bits of [`Flow::state`].
@@ -189,7 +189,7 @@ impl Flow {
         generation: 0,
         service: 0,
         seen: 0,
-        bridge: 0,
+        device: 0,
     };
 
     /// Whether so much time has passed that the connection is over.
@@ -222,6 +222,13 @@ impl Flow {
             protocol::UDP => now.wrapping_sub(self.seen).cast_signed() > SILENT_UDP.cast_signed(),
             _ => false,
         }
+    }
+
+    /// The bridge that requests are handed to, or 0.
+    #[must_use]
+    #[inline(always)]
+    pub const fn bridge(&self) -> u32 {
+        if self.flags & flow_flags::MASQUERADE == 0 { self.device } else { 0 }
     }
 
     /// Whether two entries are of one connection: the same client end may have been sent to another endpoint meanwhile.

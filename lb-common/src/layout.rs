@@ -204,8 +204,6 @@ pub mod device_flags {
     pub const NEIGH_V6: u32 = 1 << 2;
     /// Others are its ports (a bridge, a bond): what enters by it has entered by one of them, and is seen again.
     pub const HAS_PORTS: u32 = 1 << 3;
-    /// It is a port of a bridge, a bond or a team: what the host sends by it has left by that one, and is seen again.
-    pub const IS_PORT: u32 = 1 << 4;
 }
 
 /// What may change while the programs run; the only element of an array.

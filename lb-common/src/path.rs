@@ -36,9 +36,9 @@ pub struct Hook {
     /// Whether an earlier hook says that it has translated the packet on its way through this host: a port of a bridge
     /// hands its packets to the bridge, which is a device too. A hint that others may have lost or forged.
     pub translated: bool,
-    /// At egress: whether an earlier hook says that it has made the packet an answer of a connection of ours, or an error about one:
-    /// there is nothing left to do. A hint as well.
-    pub answered: bool,
+    /// At egress: whether an earlier hook says that it has made the packet what leaves, an answer or a request of a connection of ours, or
+    /// an error about one: there is nothing left to do. A hint as well.
+    pub finished: bool,
     /// Whether the packet entered by no device: a process of the node sends it.
     pub from_node: bool,
 }
@@ -99,13 +99,16 @@ const fn fragment_key(headers: &Headers, at: At) -> FragmentKey {
     FragmentKey { src: headers.src, dst: headers.dst, id: headers.id, proto: headers.proto, hook: at as u8, pad: 0 }
 }
 
-/// Remembers the ports of a first fragment, or completes a later one. False: its first was never seen.
+/// Remembers the ports of a first fragment, or completes a later one. False: its first was never seen. `again`: those of the first are not
+/// what they were, and later ones have yet to come as they are.
 #[inline(never)]
-fn complete_fragment<S: State>(headers: &mut Headers, at: At, state: &mut S) -> bool {
+fn complete_fragment<S: State>(headers: &mut Headers, at: At, again: bool, state: &mut S) -> bool {
     let key = fragment_key(headers, at);
     if matches!(headers.part, Part::First) {
         let ports = crate::flow::FragmentPorts { sport: headers.sport, dport: headers.dport };
-        state.insert_fragment(&key, &ports);
+        if !again {
+            state.insert_fragment(&key, &ports);
+        }
         return true;
     }
     let Some(ports) = state.fragment(&key) else { return false };

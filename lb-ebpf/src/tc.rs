@@ -32,8 +32,8 @@ const PACKET_OTHERHOST: u32 = 3;
 /// `tc_index` of a packet that ingress has translated. It survives until the packet leaves, unless another classifier has
 /// a use for the field.
 const TRANSLATED: u32 = 0x464c;
-/// `tc_index` of a packet that egress has made an answer, or an error for who asked, on its way from a bridge or a bond to a port.
-const ANSWERED: u32 = 0x4641;
+/// `tc_index` of a packet that egress has changed for the last time, on its way from a bridge or a bond to a port.
+const FINISHED: u32 = 0x4641;
 
 /// Packets that enter the host.
 #[classifier]
@@ -44,7 +44,7 @@ pub fn ingress(ctx: TcContext) -> i32 {
         Maps::count(Reason::NotForHost);
         return TC_ACT_UNSPEC;
     }
-    if hook.answered {
+    if hook.finished {
         // By another node of this kernel.
         // SAFETY: the context is valid as long as the program runs.
         unsafe { (*skb).tc_index = 0 };
@@ -75,9 +75,9 @@ pub fn egress(ctx: TcContext) -> i32 {
     packet.pull(hook.link_header + if hook.v6 { HEADERS_V6 } else { HEADERS_V4 });
     let Some(scratch) = scratch() else { return TC_ACT_UNSPEC };
     let action = path::egress(&mut packet, &hook, scratch, &mut Maps::of_packet(skb));
-    if matches!(action.reason(), Reason::Reply | Reason::IcmpError) {
+    if matches!(action.reason(), Reason::Reply | Reason::Masqueraded | Reason::IcmpError) {
         // SAFETY: the context is valid as long as the program runs.
-        unsafe { (*skb).tc_index = ANSWERED };
+        unsafe { (*skb).tc_index = FINISHED };
     }
     #[cfg(feature = "program-log")]
     crate::log::packet(&ctx, "out", &hook, action.reason());
@@ -108,8 +108,8 @@ fn hook(skb: *mut __sk_buff) -> Option<Hook> {
     }
     // SAFETY: as above.
     let (hint, from_node) = unsafe { ((*skb).tc_index, (*skb).ingress_ifindex == 0) };
-    let (translated, answered) = (hint == TRANSLATED, hint == ANSWERED);
-    Some(Hook { device, link_header: LINK_HEADER.load() as usize, v6, translated, answered, from_node })
+    let (translated, finished) = (hint == TRANSLATED, hint == FINISHED);
+    Some(Hook { device, link_header: LINK_HEADER.load() as usize, v6, translated, finished, from_node })
 }
 
 /// Whether a frame is this host's: by its type, or on a port of a bridge by the bridge's MAC address.

@@ -9,7 +9,7 @@ use crate::{
     decide::{Class, Question, classify},
     flow::{Flow, FlowKey, Kind, flow_flags, state, tcp_flags},
     hash, icmp,
-    layout::{device_flags, node_flags, protocol},
+    layout::{node_flags, protocol},
     packet::Packet,
     parse::{Headers, Part, parse},
     reason::Reason,
@@ -38,7 +38,7 @@ pub fn egress<P: Packet, S: State>(packet: &mut P, hook: &Hook, scratch: &mut Sc
             None => Action::Next(Reason::NotService),
         };
     }
-    if !matches!(headers.part, Part::Whole) && !complete_fragment(headers, At::Egress, state) {
+    if !matches!(headers.part, Part::Whole) && !complete_fragment(headers, At::Egress, false, state) {
         return Action::Next(Reason::NotService);
     }
     if hook.from_node
@@ -170,16 +170,15 @@ fn request<P: Packet, S: State>(
     if flow.flags & flow_flags::MASQUERADE == 0 {
         return None;
     }
-    let flags = flow.flags;
+    // The connection that has had the port for longer looks the same once it is masqueraded.
+    if flow.flags & flow_flags::STRAIGHT != 0 && flow.device != hook.device {
+        return None;
+    }
     let (mut node, mut port) = (flow.node, flow.node_port);
     // The entry of a closed connection must not lend its port to a new one.
     let again = flow.state & state::CLOSING != 0
         && headers.tcp & (tcp_flags::SYN | tcp_flags::ACK) == tcp_flags::SYN
         && headers.proto == protocol::TCP;
-    // The connection that has had the port for longer looks the same once it is masqueraded.
-    if is_straight_again(flags, hook.device, state) {
-        return None;
-    }
     if port.be == 0 || again {
         if let Err(reason) = take_port(&key, hook.device, taken, state) {
             return Some(Action::Drop(reason));
@@ -209,7 +208,7 @@ fn take_port<S: State>(key: &FlowKey, device: u32, flow: &mut Flow, state: &mut 
         return Err(Reason::NoMasqueradeAddress);
     }
     let seed = hash::tuple(&flow.client, flow.forwarded_port, &flow.endpoint, flow.endpoint_port);
-    (flow.node, flow.node_port) = (node, Port::ZERO);
+    (flow.node, flow.node_port, flow.device) = (node, Port::ZERO, device);
     // An odd step visits every port of a range of a power of two, and two that start alike part at once.
     let step = seed >> 16 | 1;
     let mut probe = 0;
@@ -311,11 +310,14 @@ fn is_free<S: State>(flow: &mut Flow, port: Port, proto: u8, state: &mut S) -> b
 /// masqueraded by netfilter, which respects no reservation. No connection of ours may take the same port to the same endpoint.
 /// Where one has it, this one needs another: it gets entries of a connection straight to the endpoint that is masqueraded, and whose
 /// client is the node.
+///
+/// What ours have sent looks the same at a second device on its way out (the port of a bridge, what is below a macvlan), so only the
+/// device by which they leave can tell.
 #[inline(never)]
 fn note_in_use<S: State>(device: u32, headers: &Headers, flow: &mut Flow, state: &mut S) {
     let (first, ports) = state.masquerade_ports();
     let may_be_taken = headers.proto == protocol::SCTP || headers.sport.number().wrapping_sub(first) < ports;
-    if !may_be_taken || state.node_address(&headers.src) & node_flags::LOCAL == 0 || has_left(device, state) {
+    if !may_be_taken || state.node_address(&headers.src) & node_flags::LOCAL == 0 {
         return;
     }
     let (now, opens) = (state.now(), !is_mid_flow(headers));
@@ -323,6 +325,9 @@ fn note_in_use<S: State>(device: u32, headers: &Headers, flow: &mut Flow, state:
     if let Some(known) = state.flow(&key)
         && known.flags & flow_flags::STRAIGHT != 0
     {
+        if known.device != device {
+            return;
+        }
         let is_over = known.is_idle(headers.proto, now) || known.state & state::CLOSING != 0;
         if !opens || !is_over {
             known.seen = now;
@@ -343,12 +348,13 @@ fn note_in_use<S: State>(device: u32, headers: &Headers, flow: &mut Flow, state:
             holder.note(headers.tcp, state::CLIENT_FIN);
             return;
         }
-        if !opens {
+        if !opens || holder.device != device {
             return;
         }
         if !holder.is_idle(headers.proto, now) && !holder.is_closed() {
             make_straight(flow, headers, now);
             flow.flags |= flow_flags::MASQUERADE;
+            flow.device = device;
             let _ = state.insert_flow(&flow.forwarded_key(headers.proto), flow)
                 && state.insert_flow(&flow.request_key(headers.proto), flow);
             return;
@@ -357,17 +363,6 @@ fn note_in_use<S: State>(device: u32, headers: &Headers, flow: &mut Flow, state:
     // Who answers is not seen before the tuple is wanted: it counts as established until a side ends it.
     *flow = Flow { flags: flow_flags::FOREIGN, state: state::REPLIED, seen: now, ..Flow::NONE };
     state.insert_flow(&key, flow);
-}
-
-/// Whether a packet of the host has left by another device before: of what a bridge sends by its ports the bridge has had a look.
-#[inline(never)]
-fn has_left<S: State>(device: u32, state: &S) -> bool {
-    state.device(device).is_some_and(|device| device.flags & device_flags::IS_PORT != 0)
-}
-
-#[inline(never)]
-fn is_straight_again<S: State>(flags: u8, device: u32, state: &S) -> bool {
-    flags & flow_flags::STRAIGHT != 0 && has_left(device, state)
 }
 
 /// Keeps the other entries of a connection that no way in looks after.

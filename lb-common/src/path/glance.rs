@@ -80,7 +80,7 @@ pub fn may_enter<P: Packet, S: State>(packet: &P, hook: &Hook, state: &S) -> boo
 pub fn may_leave<P: Packet, S: State>(packet: &P, hook: &Hook, state: &S) -> bool {
     // Where a client speaks to an endpoint straight as well, the answer of one connection can look like the other's before it was
     // translated; and its later fragments would be taken for those.
-    if hook.answered {
+    if hook.finished {
         return false;
     }
     let Some(Ends { src, dst, sport, dport, opens, udp }) = ends(packet, hook) else { return true };

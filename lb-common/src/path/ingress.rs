@@ -23,6 +23,12 @@ use crate::{
     tables::State,
 };
 
+/// Whether a port of this device has translated the packet.
+#[inline(never)]
+fn has_entered<S: State>(translated: bool, device: u32, state: &S) -> bool {
+    translated && is_seen_again(device, state)
+}
+
 /// Looks at a packet that enters the host by a device.
 #[inline(always)]
 pub fn ingress<P: Packet, S: State>(packet: &mut P, hook: &Hook, scratch: &mut Scratch, state: &mut S) -> Action {
@@ -40,7 +46,8 @@ pub fn ingress<P: Packet, S: State>(packet: &mut P, hook: &Hook, scratch: &mut S
         let error = if hook.translated { None } else { icmp::ingress(packet, headers, quoted, state) };
         // Not within `other`: Linux before 6.7 rounds each frame of a call chain up to 32 bytes, and this is the longest.
         error.unwrap_or_else(|| other(packet, hook, headers, state))
-    } else if whole || complete_fragment(headers, At::Ingress, state) {
+    } else if whole || complete_fragment(headers, At::Ingress, has_entered(hook.translated, hook.device, state), state)
+    {
         let action = transport(packet, hook, headers, question, flow, state);
         settled(packet, headers, action)
     } else {
@@ -58,7 +65,7 @@ pub fn answers_outside<P: Packet, S: State>(packet: &P, hook: &Hook, scratch: &m
         return false;
     }
     let headers = core::hint::black_box(headers);
-    if !matches!(headers.part, Part::Whole) && !complete_fragment(headers, At::Ingress, state) {
+    if !matches!(headers.part, Part::Whole) && !complete_fragment(headers, At::Ingress, false, state) {
         return false;
     }
     if !state.may_be_endpoint(&headers.src, headers.sport) {
@@ -81,7 +88,7 @@ fn transport<P: Packet, S: State>(
 ) -> Action {
     // Before anything else: the port may also be a NodePort. What a port of a bridge has made the node's may look like an answer still.
     let (first, ports) = state.masquerade_ports();
-    if !hook.translated
+    if !has_entered(hook.translated, hook.device, state)
         && (headers.proto == protocol::SCTP || headers.dport.number().wrapping_sub(first) < ports)
         && let Some(action) = masquerade_reply(packet, headers, flow, state)
     {
@@ -133,7 +140,7 @@ fn known<P: Packet, S: State>(
     let mut flow = state.flow(&key)?;
     if flow.flags & flow_flags::STRAIGHT != 0 {
         // A bridge shows a request again that one of its ports has translated, and that looks like this.
-        if hook.translated || is_seen_again(hook, state) {
+        if hook.translated || is_seen_again(hook.device, state) {
             return None;
         }
         flow = state.flow(&key)?;
@@ -156,7 +163,7 @@ fn known<P: Packet, S: State>(
         }
     }
     let (addr, port, forwarded, bridge, seen) =
-        (flow.endpoint, flow.endpoint_port, flow.forwarded_port, flow.bridge, flow.seen);
+        (flow.endpoint, flow.endpoint_port, flow.forwarded_port, flow.bridge(), flow.seen);
     // The rest is not kept on the stack, which is short.
     (scratch.endpoint_id, scratch.generation, scratch.state) = (flow.endpoint_id, flow.generation, flow.state);
     scratch.flags = flow.flags;

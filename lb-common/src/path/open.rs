@@ -99,7 +99,7 @@ fn make(flow: &mut Flow, headers: &Headers, choice: &Choice, now: u32) {
         generation: endpoint.generation,
         service: *service,
         seen: now,
-        bridge: 0,
+        device: 0,
     };
     if headers.proto == protocol::TCP {
         flow.note(headers.tcp, state::CLIENT_FIN);
@@ -114,7 +114,7 @@ fn make(flow: &mut Flow, headers: &Headers, choice: &Choice, now: u32) {
 #[inline(never)]
 pub(super) fn open_straight<S: State>(hook: &Hook, headers: &Headers, flow: &mut Flow, state: &mut S) -> bool {
     let now = state.now();
-    let seen_again = is_seen_again(hook, state);
+    let seen_again = is_seen_again(hook.device, state);
     if !seen_again && state.has_straight_flows() {
         // What it may have been before is over.
         let key = FlowKey::new(Kind::Request, headers.src, headers.sport, headers.dst, headers.dport, headers.proto);
@@ -140,8 +140,8 @@ pub(super) fn open_straight<S: State>(hook: &Hook, headers: &Headers, flow: &mut
 /// Whether a packet has entered the host by another device before: a bridge shows what came by its ports, where it may have been
 /// translated, and [`Hook::translated`] may be lost on the way.
 #[inline(never)]
-pub(super) fn is_seen_again<S: State>(hook: &Hook, state: &S) -> bool {
-    state.device(hook.device).is_some_and(|device| device.flags & device_flags::HAS_PORTS != 0)
+pub(super) fn is_seen_again<S: State>(device: u32, state: &S) -> bool {
+    state.device(device).is_some_and(|device| device.flags & device_flags::HAS_PORTS != 0)
 }
 
 /// The entry of a connection that has no frontend.
@@ -177,7 +177,7 @@ pub(super) fn establish<P: Packet, S: State>(
         return Action::Next(Reason::MidFlowForeign);
     }
     if flow.flags & flow_flags::MASQUERADE == 0 {
-        flow.bridge = state.bridge_between(hook.device, &flow.endpoint);
+        flow.device = state.bridge_between(hook.device, &flow.endpoint);
     }
     if flow.flags & flow_flags::STRAIGHT != 0 {
         state.note_straight_flow();
@@ -194,7 +194,10 @@ pub(super) fn establish<P: Packet, S: State>(
         return Action::Drop(Reason::Internal);
     }
     let reason = if is_mid_flow(headers) { Reason::MidFlow } else { Reason::NewFlow };
-    if flow.bridge == 0 { Action::Next(reason) } else { Action::Bridge(flow.bridge, reason) }
+    match flow.bridge() {
+        0 => Action::Next(reason),
+        bridge => Action::Bridge(bridge, reason),
+    }
 }
 
 /// Keeps in mind which endpoint the client has.

@@ -47,7 +47,7 @@ fn answers_to_clients_outside_are_told_from_all_others() {
                 link_header: 14,
                 v6: case.client().is_ipv6(),
                 translated: false,
-                answered: false,
+                finished: false,
                 from_node: false,
             };
             for segment in [Segment::Tcp(tcp_flags::SYN), Segment::Udp] {
@@ -223,7 +223,7 @@ fn ends(frame: &[u8]) -> (SocketAddr, SocketAddr) {
 
 /// A device where nothing has been done to the frame yet.
 fn hook_of(device: u32, frame: &[u8]) -> Hook {
-    Hook { device, link_header: 14, v6: frame[12] == 0x86, translated: false, answered: false, from_node: false }
+    Hook { device, link_header: 14, v6: frame[12] == 0x86, translated: false, finished: false, from_node: false }
 }
 
 fn enter(machine: &mut Machine, frame: &mut Vec<u8>) -> Action {
@@ -512,7 +512,7 @@ fn what_the_policy_drops_does_not_leave_the_node_by_its_own_processes() {
                     let before = packet.clone();
                     let v6 = packet[12] == 0x86;
                     let hook =
-                        Hook { device: UPLINK, link_header: 14, v6, translated: false, answered: false, from_node };
+                        Hook { device: UPLINK, link_header: 14, v6, translated: false, finished: false, from_node };
                     let action = egress(&mut packet, &hook, &mut Scratch::NEW.clone(), &mut machine);
                     let wanted = match expected.filter(|_| opens && from_node) {
                         Some(reason) => Action::Drop(reason),
@@ -553,7 +553,7 @@ fn pings_of_the_node_to_services_do_not_get_out_and_neighbour_discovery_does() {
             for from_node in [true, false] {
                 let mut packet = ping(case.node(), to.ip(), kind);
                 let before = packet.clone();
-                let hook = Hook { device: UPLINK, link_header: 14, v6, translated: false, answered: false, from_node };
+                let hook = Hook { device: UPLINK, link_header: 14, v6, translated: false, finished: false, from_node };
                 let action = egress(&mut packet, &hook, &mut Scratch::NEW.clone(), &mut machine);
                 let wanted = match expected.filter(|_| from_node) {
                     Some(reason) => Action::Drop(reason),
@@ -642,10 +642,9 @@ fn refusals_go_back_to_who_asked() {
     }
 }
 
-#[test]
-fn fragments_follow_their_first() {
-    let whole = frame(V4.client(), V4.service(), Segment::Udp);
-    let mut machine = V4.machine(0);
+/// A datagram over IPv4 in two fragments.
+fn fragments(from: SocketAddr, to: SocketAddr) -> [Vec<u8>; 2] {
+    let whole = frame(from, to, Segment::Udp);
     let mut first = whole.clone();
     first[20] = 0x20;
     let mut later = whole[..34].to_vec();
@@ -657,6 +656,13 @@ fn fragments_follow_their_first() {
         let sum = !crate::checksum::fold(words.iter().sum());
         fragment.write(24, sum);
     }
+    [first, later]
+}
+
+#[test]
+fn fragments_follow_their_first() {
+    let [mut first, mut later] = fragments(V4.client(), V4.service());
+    let mut machine = V4.machine(0);
     let mut lost = later.clone();
     machine.tables.frontends.insert(
         FrontendKey::any_port(V4.service().ip().into()),
@@ -690,7 +696,7 @@ proptest! {
             *version = if v6 { 0x60 } else { 0x45 };
         }
         let before = packet.clone();
-        let hook = Hook { device: UPLINK, link_header: 14, v6, translated: false, answered: false, from_node: false };
+        let hook = Hook { device: UPLINK, link_header: 14, v6, translated: false, finished: false, from_node: false };
         let run = if out { egress::<Vec<u8>, Machine> } else { ingress };
         let action = run(&mut packet, &hook, &mut Scratch::NEW.clone(), &mut machine);
         if action.reason().verdict() == Verdict::Pass {

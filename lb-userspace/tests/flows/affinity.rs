@@ -70,7 +70,7 @@ impl<'a> World<'a> {
             link_header: 14,
             v6: from.is_ipv6(),
             translated: false,
-            answered: false,
+            finished: false,
             from_node: false,
         };
         let action = ingress(&mut packet, &hook, &mut Scratch::NEW.clone(), &mut self.machine);

@@ -175,7 +175,7 @@ fn run_here(machine: &mut Machine, way: Way, frame: &[u8]) -> (u32, Option<&'sta
         [0x86, 0xdd] => true,
         _ => return (NEXT, None, frame.to_vec()),
     };
-    let hook = Hook { device: LOOPBACK, link_header: 14, v6, translated: false, answered: false, from_node: true };
+    let hook = Hook { device: LOOPBACK, link_header: 14, v6, translated: false, finished: false, from_node: true };
     let mut out = frame.to_vec();
     let run = match way {
         Way::In => ingress::<Vec<u8>, Machine>,

@@ -157,8 +157,7 @@ fn a_bridge_and_its_ports_see_who_came_second_to_a_masquerade_port_once() {
             let (client, service, endpoint) = (case.client(), case.service(), case.endpoint());
             let (mut machine, ours) = masqueraded(&case, segment);
             machine.tables.devices.get_mut(&UPLINK).unwrap().flags = device_flags::HAS_PORTS;
-            let port = Device { flags: device_flags::IS_PORT, ..machine.tables.devices[&UPLINK] };
-            machine.tables.devices.insert(PORT, port);
+            machine.tables.devices.insert(PORT, Device { flags: 0, ..machine.tables.devices[&UPLINK] });
             let at = |device, packet: &[u8], translated| Hook { translated, ..hook_of(device, packet) };
             // By the bridge, and then by its port.
             let send = |machine: &mut Machine, from, to, segment| {
@@ -186,6 +185,23 @@ fn a_bridge_and_its_ports_see_who_came_second_to_a_masquerade_port_once() {
             }
             assert_eq!(ends(&packet), (endpoint, ours));
         }
+    }
+}
+
+#[test]
+fn fragments_of_an_answer_to_who_came_second_follow_their_first_through_a_bridge() {
+    const PORT: u32 = 8;
+    let (mut machine, ours) = masqueraded(&V4, Segment::Udp);
+    let second = send_second(&mut machine, ours, V4.endpoint(), Segment::Udp);
+    machine.tables.devices.get_mut(&UPLINK).unwrap().flags = device_flags::HAS_PORTS;
+    for mut fragment in fragments(V4.endpoint(), second) {
+        for (device, translated, reason) in [(PORT, false, Reason::MasqueradeReply), (UPLINK, true, Reason::NotService)]
+        {
+            let hook = Hook { translated, ..hook_of(device, &fragment) };
+            let action = ingress(&mut fragment, &hook, &mut Scratch::NEW.clone(), &mut machine);
+            assert_eq!(action, Action::Next(reason));
+        }
+        assert_eq!(fragment[30..34], [10, 99, 0, 11], "the node's address");
     }
 }
 

@@ -42,7 +42,7 @@ fn a_client_speaks_to_an_endpoint_straight_and_through_a_service_at_once() {
                 let mut packet = frame(endpoint, straight, middle);
                 enter(&mut machine, &mut packet);
                 assert_eq!(leave(&mut machine, &mut packet), Action::Next(Reason::Reply));
-                let hook = Hook { answered: true, ..hook_of(4, &packet) };
+                let hook = Hook { finished: true, ..hook_of(4, &packet) };
                 egress(&mut packet, &hook, &mut Scratch::NEW.clone(), &mut machine);
                 assert_eq!(ends(&packet), (endpoint, client));
 
