@@ -233,7 +233,9 @@ fn choose<'a, T: Tables>(forward: &Forward, client: &Addr, hash: u32, tables: &'
 /// What is remembered of a client. (Two functions, for the stack's sake: `open` leaves 32 bytes to each.)
 #[inline(never)]
 fn last<'a, T: Tables>(client: &Addr, service: u32, tables: &'a T) -> Option<&'a Affinity> {
-    tables.affinity(&AffinityKey { client: *client, service })
+    let key = AffinityKey { client: *client, service };
+    // Each of the client's connections replaces it: as for frontends.
+    tables.affinity(&key).or_else(|| tables.affinity(&key))
 }
 
 /// Whether a client goes where it went last.
@@ -253,14 +255,14 @@ pub fn find<'a, T: Tables>(dst: &Addr, dport: Port, proto: u8, tables: &'a T) ->
 #[inline(always)]
 fn find_by<'a, T: Tables>(key: &mut FrontendKey, dst: &Addr, dport: Port, tables: &'a T) -> Option<&'a Frontend> {
     if tables.may_be_frontend(dst, dport)
-        && let Some(frontend) = tables.frontend(key)
+        && let Some(frontend) = look(key, tables)
     {
         return Some(frontend);
     }
     key.addr = dst.unspecified();
     if tables.may_be_frontend(&key.addr, dport)
         && tables.node_address(dst) & node_flags::NODE_PORTS != 0
-        && let Some(frontend) = tables.frontend(key)
+        && let Some(frontend) = look(key, tables)
     {
         return Some(frontend);
     }
@@ -268,7 +270,14 @@ fn find_by<'a, T: Tables>(key: &mut FrontendKey, dst: &Addr, dport: Port, tables
         return None;
     }
     *key = FrontendKey::any_port(*dst);
-    tables.frontend(key)
+    look(key, tables)
+}
+
+/// A frontend, which is not there only if it is missed twice. The kernel replaces an element of a hash table by putting the new one in front
+/// of its bucket and then taking the old one out (`htab_map_update_elem`): who is between the two in the bucket sees neither.
+#[inline(always)]
+fn look<'a, T: Tables>(key: &FrontendKey, tables: &'a T) -> Option<&'a Frontend> {
+    tables.frontend(key).or_else(|| tables.frontend(key))
 }
 
 /// The endpoint of a range that a hash picks, with its id.
@@ -289,17 +298,21 @@ mod tests {
         memory::Memory,
     };
 
-    /// Tables in which a frontend's element becomes another entry's, time and again, while it is read.
+    /// Tables in which a frontend's element becomes another entry's, time and again, while it is read, or is missed by one look-up.
     struct Reused {
         tables: Memory,
         elements: [Frontend; 2],
         reuses: u32,
+        missed: Option<u32>,
         found: Cell<u32>,
     }
 
     impl Tables for Reused {
         fn frontend(&self, key: &FrontendKey) -> Option<&Frontend> {
             let found = self.found.replace(self.found.get() + 1);
+            if self.missed == Some(found) {
+                return None;
+            }
             if found < self.reuses { self.elements.get(found as usize % 2) } else { self.tables.frontend(key) }
         }
         fn may_be_frontend(&self, addr: &Addr, port: Port) -> bool {
@@ -348,9 +361,35 @@ mod tests {
                 let question = Question { dst, dport, proto, ..Question::NONE };
                 for reuses in 0..=2 * AGAIN {
                     let (tables, elements) = (tables.clone(), [element(8), element(9)]);
-                    let reused = Reused { tables, elements, reuses, found: Cell::new(0) };
+                    let reused = Reused { tables, elements, reuses, missed: None, found: Cell::new(0) };
                     let Class::Forward(forward) = classify(&question, &reused) else { panic!("{question:?}") };
                     assert_eq!((forward.service, forward.range.offset), (1, 1), "{service}, {reuses} times");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_frontend_that_a_look_up_misses_while_it_is_replaced_is_there_and_so_is_what_refuses_other_ports() {
+        for service in ["10.96.0.10:80", "[fd00:96::10]:80"] {
+            let service: SocketAddr = service.parse().unwrap();
+            let (dst, dport) = (service.ip().into(), Port::new(service.port()));
+            let mut tables = Memory::default();
+            tables.frontend_bits.extend([bit_index(&dst, dport), bit_index(&dst, Port::ZERO)]);
+            let any = Frontend { flags: frontend_flags::ANY_PORT, ..Frontend::default() };
+            tables.frontends.insert(FrontendKey::any_port(dst), any);
+            let one = Frontend { internal: Range { offset: 0, len: 1 }, ..Frontend::default() };
+            tables.frontends.insert(FrontendKey::new(dst, dport, protocol::TCP), one);
+            for (dport, is_served) in [(dport, true), (Port::new(81), false)] {
+                let question = Question { dst, dport, proto: protocol::TCP, ..Question::NONE };
+                for missed in (0..4).map(Some).chain([None]) {
+                    let elements = [Frontend::default(); 2];
+                    let tables = Reused { tables: tables.clone(), elements, reuses: 0, missed, found: Cell::new(0) };
+                    match classify(&question, &tables) {
+                        Class::Forward(_) => assert!(is_served, "{service}, {missed:?}"),
+                        Class::Reject(_) => assert!(!is_served, "{service}, {missed:?}"),
+                        class => panic!("{service}, {missed:?}: {class:?}"),
+                    }
                 }
             }
         }

@@ -152,9 +152,9 @@ fn observe(programs: &mut Programs, family: usize, sets: &Sets, stop: &AtomicBoo
                 seen.insert(set);
             }
             // More than ten thousand refusals a second are dropped.
-            REDIRECT | SHOT => {
+            verdict @ (REDIRECT | SHOT) => {
                 let empty = there.clone().find(|set| size(*set) == 0);
-                seen.insert(empty.unwrap_or_else(|| panic!("refused while there was {there:?}")));
+                seen.insert(empty.unwrap_or_else(|| panic!("{verdict}: refused while there was {there:?}")));
             }
             other => panic!("verdict {other} while there was {there:?}"),
         }
