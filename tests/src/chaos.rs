@@ -62,6 +62,15 @@ pub(crate) struct World {
     lab: Lab,
 }
 
+/// Says that it is over, also where what happens panics: the askers wait for it.
+struct Ends<'a>(&'a AtomicBool);
+
+impl Drop for Ends<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 /// Lets it happen. `say` hears how it goes; `go_on` is asked before each thing that happens, and its error ends it all.
 ///
 /// # Errors
@@ -76,9 +85,10 @@ pub fn run(options: &Options, say: impl Fn(&str), go_on: impl Fn() -> Result<()>
     let askers = askers::of(&world.lab)?;
     let (events, asked) = thread::scope(|scope| -> Result<_> {
         let running: Vec<_> = askers.into_iter().map(|asker| scope.spawn(|| asker.run(&over))).collect();
-        let events = happen(&mut world, options, &say, &go_on);
-        // Also where that failed: the askers wait for it.
-        over.store(true, Ordering::Relaxed);
+        let events = {
+            let _ends = Ends(&over);
+            happen(&mut world, options, &say, &go_on)
+        };
         let mut asked = Asked::default();
         for asker in running {
             asked.add(asker.join().map_err(|_| anyhow::anyhow!("an asker panicked"))?);
