@@ -369,7 +369,6 @@ fn note_in_use<S: State>(device: u32, headers: &Headers, flow: &mut Flow, state:
 #[inline(never)]
 fn tend<S: State>(proto: u8, flow: &mut Flow, state: &mut S) {
     keep(&flow.forwarded_key(proto), flow, state);
-    note_closing(&flow.forwarded_key(proto), flow, state);
     note_closing(&flow.masqueraded_key(proto), flow, state);
     keep_port(proto, flow, state);
 }

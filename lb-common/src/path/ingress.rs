@@ -23,12 +23,6 @@ use crate::{
     tables::State,
 };
 
-/// Whether a port of this device has translated the packet.
-#[inline(never)]
-fn has_entered<S: State>(translated: bool, device: u32, state: &S) -> bool {
-    translated && is_seen_again(device, state)
-}
-
 /// Looks at a packet that enters the host by a device.
 #[inline(always)]
 pub fn ingress<P: Packet, S: State>(packet: &mut P, hook: &Hook, scratch: &mut Scratch, state: &mut S) -> Action {
@@ -65,7 +59,8 @@ pub fn answers_outside<P: Packet, S: State>(packet: &P, hook: &Hook, scratch: &m
         return false;
     }
     let headers = core::hint::black_box(headers);
-    if !matches!(headers.part, Part::Whole) && !complete_fragment(headers, At::Ingress, false, state) {
+    let again = has_entered(hook.translated, hook.device, state);
+    if !matches!(headers.part, Part::Whole) && !complete_fragment(headers, At::Ingress, again, state) {
         return false;
     }
     if !state.may_be_endpoint(&headers.src, headers.sport) {
@@ -274,6 +269,12 @@ fn masquerade_reply<P: Packet, S: State>(
         Some(()) => Action::Next(Reason::MasqueradeReply),
         None => Action::Drop(Reason::Internal),
     })
+}
+
+/// Whether a port of this device has translated the packet.
+#[inline(never)]
+fn has_entered<S: State>(translated: bool, device: u32, state: &S) -> bool {
+    translated && is_seen_again(device, state)
 }
 
 /// A later fragment whose first was never seen: to an address that only Services have it can't be anything else, elsewhere

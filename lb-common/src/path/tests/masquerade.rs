@@ -177,6 +177,12 @@ fn a_bridge_and_its_ports_see_who_came_second_to_a_masquerade_port_once() {
                 let action = egress(&mut packet, &hook, &mut Scratch::NEW.clone(), &mut machine);
                 assert_eq!(action, Action::Next(Reason::NotService));
             }
+            // The end of ours is not that of the other.
+            if matches!(segment, Segment::Tcp(_)) {
+                assert_eq!(send(&mut machine, client, service, FIN), (ours, endpoint));
+                let of_second = machine.flows.values().filter(|(flow, _)| flow.flags & flow_flags::STRAIGHT != 0);
+                assert_eq!(of_second.filter(|(flow, _)| flow.state & crate::flow::state::CLOSING == 0).count(), 3);
+            }
             // The answer the other way.
             let mut packet = frame(endpoint, second, answer);
             for (device, translated) in [(PORT, false), (UPLINK, true)] {
@@ -198,6 +204,7 @@ fn fragments_of_an_answer_to_who_came_second_follow_their_first_through_a_bridge
         for (device, translated, reason) in [(PORT, false, Reason::MasqueradeReply), (UPLINK, true, Reason::NotService)]
         {
             let hook = Hook { translated, ..hook_of(device, &fragment) };
+            super::super::answers_outside(&fragment, &hook, &mut Scratch::NEW.clone(), &mut machine);
             let action = ingress(&mut fragment, &hook, &mut Scratch::NEW.clone(), &mut machine);
             assert_eq!(action, Action::Next(reason));
         }
