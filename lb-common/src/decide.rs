@@ -305,6 +305,7 @@ mod tests {
         reuses: u32,
         missed: Option<u32>,
         found: Cell<u32>,
+        given: Option<(AffinityKey, Affinity)>,
     }
 
     impl Tables for Reused {
@@ -340,7 +341,9 @@ mod tests {
             self.tables.in_service_cidr(addr)
         }
         fn affinity(&self, key: &AffinityKey) -> Option<&Affinity> {
-            self.tables.affinity(key)
+            let found = self.found.replace(self.found.get() + 1);
+            let (given_to, given) = self.given.as_ref()?;
+            (self.missed != Some(found) && given_to == key).then_some(given)
         }
         fn ticks(&self) -> u32 {
             self.tables.ticks()
@@ -361,7 +364,7 @@ mod tests {
                 let question = Question { dst, dport, proto, ..Question::NONE };
                 for reuses in 0..=2 * AGAIN {
                     let (tables, elements) = (tables.clone(), [element(8), element(9)]);
-                    let reused = Reused { tables, elements, reuses, missed: None, found: Cell::new(0) };
+                    let reused = Reused { tables, elements, reuses, missed: None, found: Cell::new(0), given: None };
                     let Class::Forward(forward) = classify(&question, &reused) else { panic!("{question:?}") };
                     assert_eq!((forward.service, forward.range.offset), (1, 1), "{service}, {reuses} times");
                 }
@@ -384,14 +387,34 @@ mod tests {
                 let question = Question { dst, dport, proto: protocol::TCP, ..Question::NONE };
                 for missed in (0..4).map(Some).chain([None]) {
                     let elements = [Frontend::default(); 2];
-                    let tables = Reused { tables: tables.clone(), elements, reuses: 0, missed, found: Cell::new(0) };
-                    match classify(&question, &tables) {
-                        Class::Forward(_) => assert!(is_served, "{service}, {missed:?}"),
-                        Class::Reject(_) => assert!(!is_served, "{service}, {missed:?}"),
-                        class => panic!("{service}, {missed:?}: {class:?}"),
-                    }
+                    let tables = Reused {
+                        tables: tables.clone(),
+                        elements,
+                        reuses: 0,
+                        missed,
+                        found: Cell::new(0),
+                        given: None,
+                    };
+                    let class = classify(&question, &tables);
+                    let is_right =
+                        if is_served { matches!(class, Class::Forward(_)) } else { matches!(class, Class::Reject(_)) };
+                    assert!(is_right, "{service}, {missed:?}: {class:?}");
                 }
             }
+        }
+    }
+
+    #[test]
+    fn what_a_client_was_given_last_is_there_also_where_a_look_up_misses_it_while_it_is_replaced() {
+        let client: SocketAddr = "10.0.0.1:1".parse().unwrap();
+        let client = Addr::from(client.ip());
+        let given = Some((AffinityKey { client, service: 3 }, Affinity { endpoint_id: 5, generation: 1, seen: 0 }));
+        for missed in [None, Some(0)] {
+            let elements = [Frontend::default(); 2];
+            let tables = Reused { tables: Memory::default(), elements, reuses: 0, missed, found: Cell::new(0), given };
+            assert_eq!(last(&client, 3, &tables).map(|given| given.endpoint_id), Some(5), "{missed:?}");
+            tables.found.set(0);
+            assert!(last(&client, 4, &tables).is_none());
         }
     }
 }
