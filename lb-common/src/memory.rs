@@ -127,6 +127,8 @@ pub struct Machine {
     pub now: u32,
     /// Copies of frames that are to enter once more, and by which device.
     pub entered: Vec<(u32, Vec<u8>)>,
+    /// So many of the next claims of a connection's entry come second to another CPU's.
+    pub second: u32,
 }
 
 /// Ports that a [`Machine`] masquerades with: the first, and how many.
@@ -193,6 +195,10 @@ impl State for Machine {
     }
 
     fn claim_flow(&mut self, key: &FlowKey, flow: &Flow) -> bool {
+        if let Some(left) = self.second.checked_sub(1) {
+            self.second = left;
+            return false;
+        }
         !self.flows.contains_key(key) && self.insert_flow(key, flow)
     }
 

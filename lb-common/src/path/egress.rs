@@ -17,8 +17,10 @@ use crate::{
     tables::State,
 };
 
-/// So many ports are tried for a masqueraded connection.
+/// So many ports are tried for a masqueraded connection before one is taken that its holder may lend.
 const PROBES: u32 = 32;
+/// So many after that: two CPUs may want the same one, and only one gets it.
+const MORE: u32 = 8;
 
 /// Looks at a packet that leaves the host by a device.
 #[inline(always)]
@@ -212,7 +214,7 @@ fn take_port<S: State>(key: &FlowKey, device: u32, flow: &mut Flow, state: &mut 
     // An odd step visits every port of a range of a power of two, and two that start alike part at once.
     let step = seed >> 16 | 1;
     let mut probe = 0;
-    while probe < PROBES {
+    while probe < PROBES + MORE {
         // The best port so far is kept where the verifier forgets its value, or it would follow every combination.
         let flow = core::hint::black_box(&mut *flow);
         // As netfilter does: peers of SCTP that expect a fixed port are common.
@@ -221,26 +223,22 @@ fn take_port<S: State>(key: &FlowKey, device: u32, flow: &mut Flow, state: &mut 
         } else {
             port_at(seed.wrapping_add(probe.wrapping_mul(step)), state)
         };
-        if is_free(flow, port, key.proto, state) {
-            (flow.node_port, flow.seen) = (port, state.now());
+        let is_free = is_free(flow, port, key.proto, state);
+        if is_free {
+            flow.node_port = port;
+        }
+        probe += 1;
+        let lends = probe >= PROBES && flow.node_port.be != 0;
+        if is_free || lends {
+            flow.seen = state.now();
             if take(flow, key.proto, state) {
                 note_port(key.proto, flow, state);
                 return Ok(());
             }
             flow.node_port = Port::ZERO;
         }
-        probe += 1;
     }
-    let flow = core::hint::black_box(flow);
-    if flow.node_port.be == 0 {
-        return Err(Reason::NoMasqueradePort);
-    }
-    flow.seen = state.now();
-    if !take(flow, key.proto, state) {
-        return Err(Reason::NoMasqueradePort);
-    }
-    note_port(key.proto, flow, state);
-    Ok(())
+    Err(Reason::NoMasqueradePort)
 }
 
 /// Makes the entry of a masqueraded tuple, in place of one that may go. False: another CPU was first.

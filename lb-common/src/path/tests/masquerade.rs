@@ -301,6 +301,25 @@ fn a_closed_connection_gives_its_port_away_before_a_new_one_fails() {
 }
 
 #[test]
+fn a_connection_that_comes_second_to_a_port_on_another_cpu_takes_the_next_one() {
+    let client = |i: u16| SocketAddr::new(V4.client().ip(), 10_000 + i);
+    // None, or so many that all ports are held, and may be lent.
+    for held in [0, 6000] {
+        let mut machine = V4.machine(frontend_flags::MASQUERADE);
+        for i in 0..held {
+            let mut request = frame(client(i), V4.service(), Segment::Udp);
+            enter(&mut machine, &mut request);
+            leave(&mut machine, &mut request);
+        }
+        machine.now += 5;
+        machine.second = 3;
+        let (from, _) = cross(&mut machine, client(held), V4.service(), Segment::Udp);
+        assert_eq!(machine.second, 0);
+        assert_eq!(cross(&mut machine, V4.endpoint(), from, Segment::Udp), (V4.service(), client(held)), "{held} held");
+    }
+}
+
+#[test]
 fn a_silent_udp_flow_lends_its_port_before_a_new_one_fails_and_gets_another_when_it_goes_on() {
     let mut machine = V4.machine(frontend_flags::MASQUERADE);
     let client = |i: u16| SocketAddr::new(V4.client().ip(), 10_000 + i);
