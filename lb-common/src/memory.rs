@@ -189,6 +189,10 @@ impl State for Machine {
         self.flows.get_mut(key).map(|(flow, _)| flow)
     }
 
+    fn moved_flow(&mut self, _: &FlowKey) -> Option<&mut Flow> {
+        None
+    }
+
     fn insert_flow(&mut self, key: &FlowKey, flow: &Flow) -> bool {
         self.flows.insert(*key, (*flow, false));
         true

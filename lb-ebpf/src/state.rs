@@ -193,6 +193,12 @@ impl State for Maps {
     }
 
     #[inline(always)]
+    fn moved_flow(&mut self, key: &FlowKey) -> Option<&mut Flow> {
+        // SAFETY: as above.
+        FLOWS.get_ptr_mut(key).map(|flow| unsafe { &mut *flow })
+    }
+
+    #[inline(always)]
     fn insert_flow(&mut self, key: &FlowKey, flow: &Flow) -> bool {
         remove(&FLOWS, ANSWERED, key);
         put(&NEW_FLOWS, UNANSWERED, key, flow)

@@ -125,7 +125,11 @@ fn transport<P: Packet, S: State>(
 fn reply<P: Packet, S: State>(packet: &mut P, headers: &Headers, scratch: &mut Flow, state: &mut S) -> Option<Action> {
     let key = FlowKey::new(Kind::Forwarded, headers.dst, headers.dport, headers.src, headers.sport, headers.proto);
     let now = state.now();
-    let flow = state.flow(&key)?;
+    let flow = match state.flow(&key) {
+        Some(flow) => flow,
+        None if headers.proto == protocol::TCP => return None,
+        None => state.moved_flow(&key)?,
+    };
     scratch.service = flow.service;
     // A new connection straight to the endpoint may reuse the ports of a closed one through a frontend. Where its request had
     // entered by a device of the host, nothing would be left of the other.
@@ -168,7 +172,11 @@ fn request<P: Packet, S: State>(
     state: &mut S,
 ) -> Option<Action> {
     let key = FlowKey::new(Kind::Forwarded, headers.src, headers.sport, headers.dst, headers.dport, headers.proto);
-    let flow = state.flow(&key)?;
+    let flow = match state.flow(&key) {
+        Some(flow) => flow,
+        None if headers.proto == protocol::TCP => return None,
+        None => state.moved_flow(&key)?,
+    };
     if flow.flags & flow_flags::MASQUERADE == 0 {
         return None;
     }

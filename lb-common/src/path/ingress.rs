@@ -132,7 +132,10 @@ fn known<P: Packet, S: State>(
 ) -> Option<Action> {
     let key = FlowKey::new(Kind::Request, headers.src, headers.sport, headers.dst, headers.dport, headers.proto);
     let now = state.now();
-    let mut flow = state.flow(&key)?;
+    let mut flow = match state.flow(&key) {
+        Some(flow) => flow,
+        None => state.moved_flow(&key)?,
+    };
     if flow.flags & flow_flags::STRAIGHT != 0 {
         // A bridge shows a request again that one of its ports has translated, and that looks like this.
         if hook.translated || is_seen_again(hook.device, state) {
@@ -246,7 +249,10 @@ fn masquerade_reply<P: Packet, S: State>(
 ) -> Option<Action> {
     let key = FlowKey::new(Kind::Masqueraded, headers.dst, headers.dport, headers.src, headers.sport, headers.proto);
     let now = state.now();
-    let flow = state.flow(&key)?;
+    let flow = match state.flow(&key) {
+        Some(flow) => flow,
+        None => state.moved_flow(&key)?,
+    };
     if flow.flags & flow_flags::FOREIGN != 0 {
         flow.seen = now;
         flow.note(headers.tcp, state::ENDPOINT_FIN);

@@ -1,7 +1,7 @@
 //! Two CPUs that want the same at the same moment.
 
 use std::net::{IpAddr, SocketAddr};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU16, AtomicUsize, Ordering};
 use std::thread;
 use std::time::Duration;
 
@@ -12,6 +12,9 @@ use crate::{DROP, Loaded, NEXT, Way, in_a_namespace, load, run};
 
 /// So many ports the Service has, each with an endpoint of its own.
 const PORTS: u16 = 400;
+
+/// So many connections of each kind to each of them.
+const ROUNDS: u8 = 20;
 
 /// The one port that the node masquerades by.
 const MASQUERADED: u16 = 61_000;
@@ -123,5 +126,63 @@ fn of_two_cpus_that_want_the_port_of_a_silent_flow_one_gets_it() {
             }
         }
         assert!(wrong.is_empty(), "{} of {PORTS}:\n{}", wrong.len(), wrong.join("\n"));
+    });
+}
+
+#[test]
+fn what_passes_while_the_first_answer_confirms_its_connection_is_translated() {
+    in_a_namespace(|| {
+        let loaded = Loaded::with(&manifests(), Options::default());
+        let node = |port| SocketAddr::from(([10, 99, 0, 11], port));
+        let pod = |number| SocketAddr::from(([10, 244, 1, 7], 40_000 + u16::from(number)));
+        let endpoint = |port| SocketAddr::from(([10, 244, 1, 11], 10_000 + port));
+        // By whom and where to; which way the first answer goes, and whether an answer or a request passes beside it.
+        let cases =
+            [("masqueraded", Way::In, true), ("masqueraded", Way::In, false), ("not masqueraded", Way::Out, true)];
+        let rounds =
+            cases.iter().zip(0..).flat_map(|(case, number)| (1..=ROUNDS).map(move |r| (case, number * ROUNDS + r)));
+        let questions: Vec<_> =
+            rounds.flat_map(|(case, number)| (1..=PORTS).map(move |port| (case, number, port))).collect();
+        let (arrived, masqueraded) = (AtomicUsize::new(0), AtomicU16::new(0));
+        let wrong: Vec<String> = thread::scope(|scope| {
+            let runners = [true, false].map(|is_first| {
+                let (questions, options, arrived, masqueraded) = (&questions, &loaded.options, &arrived, &masqueraded);
+                scope.spawn(move || {
+                    let mut programs = load(options);
+                    let mut wrong = Vec::new();
+                    let meet = |times: usize| {
+                        arrived.fetch_add(1, Ordering::AcqRel);
+                        while arrived.load(Ordering::Acquire) < 2 * times {
+                            std::hint::spin_loop();
+                        }
+                    };
+                    for (index, ((case, way, answers), number, port)) in questions.iter().enumerate() {
+                        let (from, to) = match way {
+                            Way::In => (client(*number), service(*port)),
+                            Way::Out => (pod(*number), SocketAddr::from(([10, 96, 0, 10], *port))),
+                        };
+                        if is_first {
+                            let (_, entered) = run(&mut programs, Way::In, &frame(from, to));
+                            let (_, left) = run(&mut programs, Way::Out, &entered);
+                            masqueraded.store(port_at(&left, 34), Ordering::Release);
+                        }
+                        meet(2 * index + 1);
+                        let (way, packet) = match way {
+                            _ if !is_first && !answers => (Way::Out, frame(from, endpoint(*port))),
+                            Way::In => (Way::In, frame(endpoint(*port), node(masqueraded.load(Ordering::Acquire)))),
+                            Way::Out => (Way::Out, frame(endpoint(*port), from)),
+                        };
+                        meet(2 * index + 2);
+                        let (verdict, out) = run(&mut programs, way, &packet);
+                        if verdict != NEXT || out == packet {
+                            wrong.push(format!("{case}, {from} to {to}, {way:?}: {verdict}"));
+                        }
+                    }
+                    wrong
+                })
+            });
+            runners.into_iter().flat_map(|runner| runner.join().unwrap()).collect()
+        });
+        assert!(wrong.is_empty(), "{} of {}, as {:?}", wrong.len(), questions.len(), wrong.first());
     });
 }
