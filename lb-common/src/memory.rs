@@ -129,6 +129,8 @@ pub struct Machine {
     pub entered: Vec<(u32, Vec<u8>)>,
     /// So many of the next claims of a connection's entry come second to another CPU's.
     pub second: u32,
+    /// Another CPU moves this entry: the next look for it misses it.
+    pub moving: Option<FlowKey>,
 }
 
 /// Ports that a [`Machine`] masquerades with: the first, and how many.
@@ -186,11 +188,15 @@ impl State for Machine {
     }
 
     fn flow(&mut self, key: &FlowKey) -> Option<&mut Flow> {
+        if self.moving == Some(*key) {
+            self.moving = None;
+            return None;
+        }
         self.flows.get_mut(key).map(|(flow, _)| flow)
     }
 
-    fn moved_flow(&mut self, _: &FlowKey) -> Option<&mut Flow> {
-        None
+    fn moved_flow(&mut self, key: &FlowKey) -> Option<&mut Flow> {
+        self.flows.get_mut(key).map(|(flow, _)| flow)
     }
 
     fn insert_flow(&mut self, key: &FlowKey, flow: &Flow) -> bool {

@@ -3,6 +3,18 @@
 //! [`ingress`] and [`egress`] are what the TC programs run. Between the two the host routes, so every other part of it
 //! sees one consistent connection, client to endpoint. The picture and the table of verdicts: `docs/packet-path.md`.
 
+/// Another CPU may move the entry of a connection to the other table, with its first answer, between the two looks of
+/// [`State::flow`]: looks once more. Where a miss would make a packet go wrong, or put an entry in the place of one that is there. No
+/// function, as the borrow checker refuses what returns one of two borrows of `$state`.
+macro_rules! find_flow {
+    ($key:expr, $state:expr) => {
+        match $state.flow($key) {
+            Some(flow) => Some(flow),
+            None => $state.moved_flow($key),
+        }
+    };
+}
+
 mod egress;
 mod glance;
 mod ingress;
@@ -167,7 +179,7 @@ fn keep_port<S: State>(proto: u8, flow: &mut Flow, state: &mut S) {
 /// False: another connection has this key.
 #[inline(never)]
 fn keep<S: State>(key: &FlowKey, flow: &Flow, state: &mut S) -> bool {
-    if let Some(other) = state.flow(key) {
+    if let Some(other) = find_flow!(key, state) {
         let is_ours = other.goes_with(flow) && other.client.same(&flow.client);
         if is_ours {
             other.seen = flow.seen;

@@ -44,7 +44,7 @@ pub trait State: Tables {
     fn now(&self) -> u32;
     /// The entry with this key, confirmed or not.
     fn flow(&mut self, key: &FlowKey) -> Option<&mut Flow>;
-    /// The entry of a connection that [`State::flow`] has missed because another CPU moved it between the tables.
+    /// Another look for an entry that [`State::flow`] has just missed: another CPU may have moved it between the two tables.
     fn moved_flow(&mut self, key: &FlowKey) -> Option<&mut Flow>;
     /// Makes an entry that is not confirmed, in place of any that there is. False: the table took none.
     fn insert_flow(&mut self, key: &FlowKey, flow: &Flow) -> bool;

@@ -120,6 +120,14 @@ fn transport<P: Packet, S: State>(
     Action::Next(Reason::NotService)
 }
 
+/// Whether a packet needn't be looked for once more (`find_flow`), as most are that endpoints and their clients send each other straight.
+/// None of TCP's passes while another of its connection is the first answer, but for a SYN that is sent again, the data of Fast Open, and
+/// connections whose middle was seen first.
+#[inline(always)]
+const fn is_segment(headers: &Headers) -> bool {
+    headers.proto == protocol::TCP && headers.tcp & tcp_flags::SYN == 0
+}
+
 /// An answer of an endpoint: its source becomes the frontend again.
 #[inline(always)]
 fn reply<P: Packet, S: State>(packet: &mut P, headers: &Headers, scratch: &mut Flow, state: &mut S) -> Option<Action> {
@@ -127,7 +135,7 @@ fn reply<P: Packet, S: State>(packet: &mut P, headers: &Headers, scratch: &mut F
     let now = state.now();
     let flow = match state.flow(&key) {
         Some(flow) => flow,
-        None if headers.proto == protocol::TCP => return None,
+        None if is_segment(headers) => return None,
         None => state.moved_flow(&key)?,
     };
     scratch.service = flow.service;
@@ -174,7 +182,7 @@ fn request<P: Packet, S: State>(
     let key = FlowKey::new(Kind::Forwarded, headers.src, headers.sport, headers.dst, headers.dport, headers.proto);
     let flow = match state.flow(&key) {
         Some(flow) => flow,
-        None if headers.proto == protocol::TCP => return None,
+        None if is_segment(headers) => return None,
         None => state.moved_flow(&key)?,
     };
     if flow.flags & flow_flags::MASQUERADE == 0 {
@@ -255,7 +263,7 @@ fn take_port<S: State>(key: &FlowKey, device: u32, flow: &mut Flow, state: &mut 
 #[inline(never)]
 fn take<S: State>(flow: &Flow, proto: u8, state: &mut S) -> bool {
     let mut key = flow.masqueraded_key(proto);
-    if state.flow(&key).is_none() {
+    if find_flow!(&key, state).is_none() {
         return state.claim_flow(&key, flow);
     }
     key.kind = Kind::Turn as u8;
@@ -264,7 +272,7 @@ fn take<S: State>(flow: &Flow, proto: u8, state: &mut S) -> bool {
     }
     key.kind = Kind::Masqueraded as u8;
     // Who had a turn before may have it by now.
-    let may_go = state.flow(&key).is_none_or(|holder| goes_for(holder, flow, proto));
+    let may_go = find_flow!(&key, state).is_none_or(|holder| goes_for(holder, flow, proto));
     if may_go {
         state.remove_flow(&key);
     }
@@ -345,7 +353,7 @@ fn note_in_use<S: State>(device: u32, headers: &Headers, flow: &mut Flow, state:
         forget(&key, flow, state);
     }
     key.kind = Kind::Masqueraded as u8;
-    if let Some(holder) = state.flow(&key) {
+    if let Some(holder) = find_flow!(&key, state) {
         if holder.flags & flow_flags::FOREIGN != 0 {
             holder.seen = now;
             if opens {

@@ -69,7 +69,7 @@ pub fn answers_outside<P: Packet, S: State>(packet: &P, hook: &Hook, scratch: &m
     let key = FlowKey::new(Kind::Forwarded, headers.dst, headers.dport, headers.src, headers.sport, headers.proto);
     // Masqueraded connections are answered to the node itself.
     let flags = flow_flags::OUTSIDE | flow_flags::MASQUERADE;
-    state.flow(&key).is_some_and(|flow| flow.flags & flags == flow_flags::OUTSIDE)
+    find_flow!(&key, state).is_some_and(|flow| flow.flags & flags == flow_flags::OUTSIDE)
 }
 
 #[inline(always)]
@@ -132,10 +132,7 @@ fn known<P: Packet, S: State>(
 ) -> Option<Action> {
     let key = FlowKey::new(Kind::Request, headers.src, headers.sport, headers.dst, headers.dport, headers.proto);
     let now = state.now();
-    let mut flow = match state.flow(&key) {
-        Some(flow) => flow,
-        None => state.moved_flow(&key)?,
-    };
+    let mut flow = find_flow!(&key, state)?;
     if flow.flags & flow_flags::STRAIGHT != 0 {
         // A bridge shows a request again that one of its ports has translated, and that looks like this.
         if hook.translated || is_seen_again(hook.device, state) {
@@ -249,10 +246,7 @@ fn masquerade_reply<P: Packet, S: State>(
 ) -> Option<Action> {
     let key = FlowKey::new(Kind::Masqueraded, headers.dst, headers.dport, headers.src, headers.sport, headers.proto);
     let now = state.now();
-    let flow = match state.flow(&key) {
-        Some(flow) => flow,
-        None => state.moved_flow(&key)?,
-    };
+    let flow = find_flow!(&key, state)?;
     if flow.flags & flow_flags::FOREIGN != 0 {
         flow.seen = now;
         flow.note(headers.tcp, state::ENDPOINT_FIN);

@@ -125,7 +125,7 @@ pub(super) fn open_straight<S: State>(hook: &Hook, headers: &Headers, flow: &mut
         }
     }
     let key = FlowKey::new(Kind::Forwarded, headers.src, headers.sport, headers.dst, headers.dport, headers.proto);
-    let Some(other) = state.flow(&key) else { return false };
+    let Some(other) = find_flow!(&key, state) else { return false };
     if other.is_idle(headers.proto, now) || other.is_closed() {
         forget(&key, flow, state);
         return false;
@@ -227,7 +227,8 @@ fn remember<S: State>(flow: &mut Flow, proto: u8, state: &mut S) -> bool {
 #[inline(always)]
 fn is_taken<S: State>(flow: &Flow, proto: u8, state: &mut S) -> bool {
     let now = flow.seen;
-    state.flow(&flow.forwarded_key(proto)).is_some_and(|other| {
+    let key = flow.forwarded_key(proto);
+    find_flow!(&key, state).is_some_and(|other| {
         let same = other.frontend.same(&flow.frontend)
             && other.frontend_port.be == flow.frontend_port.be
             && other.client_port.be == flow.client_port.be;

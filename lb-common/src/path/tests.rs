@@ -5,6 +5,7 @@ mod affinity;
 mod count;
 mod frames;
 mod masquerade;
+mod moving;
 mod straight;
 mod tcp;
 
