@@ -19,16 +19,20 @@ use std::{collections::BTreeMap, time::Duration};
 use anyhow::Result;
 use tokio::{sync::mpsc, task::JoinSet, time::Instant};
 
-pub use self::{ask::Endpoints, connection::Address, requests::Requests};
 use self::{
+    ask::Ask,
     fold::Fold,
     follow::{Signal, follow},
 };
+pub use self::{ask::Endpoints, connection::Address, requests::Requests};
 use super::{Problem, Update};
 use crate::model::Kind;
 
 /// How long kube-proxy waits at its start for its Node to be there and to have addresses (`kube-proxy.md` §12).
 const NODE_WAIT: Duration = Duration::from_secs(30);
+/// How long what can be done without is waited for, from when the API server has answered for the Node: what is pinned of it stays until
+/// its list is complete.
+const OPTIONAL_WAIT: Duration = Duration::from_secs(5);
 /// So many events are taken in before the rest of the agent hears of them, so that a flood is one change to it.
 const BUNDLE: usize = 256;
 
@@ -52,6 +56,8 @@ pub struct ApiServer {
     _watches: JoinSet<()>,
     /// Kinds without which nothing is written.
     needed: Vec<Kind>,
+    /// Those that are waited for only as long as they may come.
+    optional: Vec<Kind>,
     fold: Fold,
     /// What keeps a kind from being listed or watched.
     troubles: BTreeMap<Kind, Problem>,
@@ -80,7 +86,9 @@ impl ApiServer {
         let (sender, signals) = mpsc::channel(BUNDLE);
         let mut watches = JoinSet::new();
         let asks = ask::all(options.endpoints, &options.node);
-        let needed = asks.iter().filter(|ask| ask.needed).map(|ask| ask.kind).collect();
+        let (needed, optional): (Vec<_>, Vec<_>) = asks.iter().partition(|ask| ask.needed);
+        let kinds = |asks: Vec<&Ask>| asks.into_iter().map(|ask| ask.kind).collect();
+        let (needed, optional) = (kinds(needed), kinds(optional));
         for ask in asks {
             watches.spawn(follow(options.address.clone(), requests.clone(), ask, sender.clone()));
         }
@@ -88,6 +96,7 @@ impl ApiServer {
             signals,
             _watches: watches,
             needed,
+            optional,
             fold: Fold::new(&options.node),
             troubles: BTreeMap::new(),
             node: NodeWait { name: options.node.clone(), pod_cidrs: options.pod_cidrs, since: None },
@@ -102,6 +111,7 @@ impl ApiServer {
             tokio::select! {
                 signal = self.signals.recv() => self.take_in(signal?),
                 () = tokio::time::sleep_until(self.node.deadline()), if self.waits_for_node() => {}
+                () = tokio::time::sleep_until(self.node.optional_deadline()), if self.waits_for_optional() => {}
             }
             for _ in 1..BUNDLE {
                 let Ok(signal) = self.signals.try_recv() else { break };
@@ -137,7 +147,17 @@ impl ApiServer {
     }
 
     fn is_complete(&self) -> bool {
-        self.needed.iter().all(|kind| self.fold.is_listed(*kind)) && !self.needs_node()
+        self.needed.iter().all(|kind| self.fold.is_listed(*kind)) && !self.needs_node() && !self.lacks_optional()
+    }
+
+    /// Whether something may still come that can be done without: neither is it listed, nor has it been refused.
+    fn lacks_optional(&self) -> bool {
+        let may_come = |kind: &Kind| !self.fold.is_listed(*kind) && !self.troubles.contains_key(kind);
+        self.optional.iter().any(may_come) && Instant::now() < self.node.optional_deadline()
+    }
+
+    fn waits_for_optional(&self) -> bool {
+        !self.begun && self.node.since.is_some() && self.lacks_optional()
     }
 
     /// Whether the Node has yet to come, or to get what can't be done without.
@@ -181,5 +201,10 @@ impl ApiServer {
 impl NodeWait {
     fn deadline(&self) -> Instant {
         self.since.unwrap_or_else(Instant::now) + NODE_WAIT
+    }
+
+    /// How long what can be done without is waited for.
+    fn optional_deadline(&self) -> Instant {
+        self.since.unwrap_or_else(Instant::now) + OPTIONAL_WAIT
     }
 }

@@ -50,7 +50,7 @@ pub(super) fn all(endpoints: Endpoints, node: &str) -> Vec<Ask> {
             // The Service of the API server itself, and others without a selector, have slices and no Pods.
             let by_hand =
                 format!("!{HEADLESS},endpointslice.kubernetes.io/managed-by!=endpointslice-controller.k8s.io");
-            let slices = Ask { labels: Some(by_hand), needed: false, ..slices };
+            let slices = Ask { labels: Some(by_hand), ..slices };
             asks.extend([ask(Kind::Node, true), ask(Kind::Pod, true), slices]);
         }
     }

@@ -2,7 +2,7 @@
 
 mod server;
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use prometheus::core::Collector as _;
 use serde_json::{Value, json};
@@ -259,6 +259,29 @@ async fn service_cidrs_are_never_waited_for() {
 }
 
 #[tokio::test]
+async fn what_is_pinned_of_service_cidrs_stays_until_their_list_is_complete_or_does_not_come() {
+    let server = server().await;
+    server.content().endless.insert(Kind::ServiceCidr);
+    let mut watched = Watched::open(&options(&server)).await;
+    watched.until("the others", |watched| watched.told.len() == 3).await;
+    watched.expect_silence().await;
+    assert!(!watched.begun);
+    let start = Instant::now();
+    watched.begin().await;
+    assert!(start.elapsed() > Duration::from_secs(3), "{:?}", start.elapsed());
+}
+
+#[tokio::test]
+async fn slices_made_by_hand_are_waited_for_where_endpoints_come_from_pods() {
+    let server = server().await;
+    server.content().endless.insert(Kind::EndpointSlice);
+    let mut watched = Watched::open(&Options { endpoints: Endpoints::PodSelector, ..options(&server) }).await;
+    watched.until("the others", |watched| watched.told.len() == 3).await;
+    watched.expect_silence().await;
+    assert!(!watched.begun);
+}
+
+#[tokio::test]
 async fn a_server_without_streamed_lists_is_asked_for_pages() {
     let server = server().await;
     server.content().old = true;
@@ -356,9 +379,10 @@ async fn a_node_that_does_not_come_is_not_waited_for_longer_than_kube_proxy_does
     let watches = tokio::task::JoinSet::new();
     let started = tokio::time::Instant::now();
     let node = super::NodeWait { name: "n".to_owned(), pod_cidrs: false, since: Some(started) };
-    let needed = vec![Kind::Node];
+    let (needed, optional) = (vec![Kind::Node], Vec::new());
     let (fold, troubles, told) = (source, Default::default(), Vec::new());
-    let mut server = ApiServer { signals, _watches: watches, needed, fold, troubles, node, begun: false, told };
+    let mut server =
+        ApiServer { signals, _watches: watches, needed, optional, fold, troubles, node, begun: false, told };
     let update = server.next().await.unwrap();
     assert!(update.first && update.problems.len() == 1, "{update:?}");
     assert_eq!(started.elapsed().as_secs(), 30);
