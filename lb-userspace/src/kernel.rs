@@ -108,6 +108,22 @@ pub struct Kernel {
     sockets: bool,
 }
 
+/// What an agent without the right to write below `/proc/sys` finds done: [`Kernel::reserve_ports`], while no agent runs.
+///
+/// # Errors
+///
+/// When the ports can't be reserved, or an agent has the folder.
+pub fn reserve_ports(options: &Options) -> Result<()> {
+    reserve(&Folder::open(&options.bpffs)?, options)
+}
+
+fn reserve(folder: &Folder, options: &Options) -> Result<()> {
+    reserved::reserve(&folder.reserved(), options.masquerade_first, options.masquerade_ports).context(
+        "the node's processes may take the ports that masquerading takes (--masquerade-ports); put them into \
+         net.ipv4.ip_local_reserved_ports by other means",
+    )
+}
+
 impl Kernel {
     /// Adopts what is pinned. Nothing is cleared, nothing is attached that was not, and where nothing is pinned, nothing is
     /// made yet.
@@ -451,7 +467,7 @@ impl Kernel {
 
     /// Keeps the ports that masquerading takes from the host's own choice.
     pub fn reserve_ports(&self) -> Result<()> {
-        reserved::reserve(&self.folder.reserved(), self.options.masquerade_first, self.options.masquerade_ports)
+        reserve(&self.folder, &self.options)
     }
 
     /// What keeps clients from being served, though everything is as the operator said.

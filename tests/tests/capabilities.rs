@@ -20,15 +20,23 @@ fn granted() -> Vec<String> {
     list.split(',').map(|name| name.trim().trim_matches('"').to_lowercase()).collect()
 }
 
-/// A program that is the agent with these capabilities.
+/// A program that is the agent with these capabilities, below a `/proc/sys` that can't be written, as in a container; and before it the
+/// init container, which may do all.
 fn with_capabilities(folder: &Path, capabilities: &[String]) -> PathBuf {
     let path = folder.join("fairlead");
     let bounds: Vec<String> = capabilities.iter().map(|name| format!(",+{name}")).collect();
     let agent = agent::find_binary().unwrap();
+    let agent = agent.display();
     let script = format!(
-        "#!/bin/sh\nexec setpriv --inh-caps=-all --bounding-set=-all{} {} \"$@\"\n",
-        bounds.concat(),
-        agent.display()
+        "#!/bin/sh
+if [ \"$1\" = run ]; then
+    {agent} \"$@\" --init-only >&2 || exit
+    exec unshare --mount sh -c 'mount --bind /proc/sys /proc/sys && mount -o remount,bind,ro /proc/sys && exec \"$@\"' sh \
+        setpriv --inh-caps=-all --bounding-set=-all{bounds} {agent} \"$@\"
+fi
+exec setpriv --inh-caps=-all --bounding-set=-all{bounds} {agent} \"$@\"
+",
+        bounds = bounds.concat(),
     );
     fs::write(&path, script).unwrap();
     fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
@@ -62,7 +70,9 @@ fn with_the_capabilities_of_the_daemon_set_everyone_is_served_also_after_a_resta
             }
             // Devices that come later are attached to as well, and the command line may read what there is.
             cluster.lab.rewire(cluster.lab.pod(1, 1)).unwrap();
-            cluster.agents[0].cli_json(&["status"]);
+            let status = cluster.agents[0].cli_json(&["status"]);
+            assert_eq!(status["problems"], serde_json::json!([]), "{attach}, {round}");
+            assert_eq!(reserved(&cluster.lab), "61000-65095", "{attach}, {round}");
             cluster.agents.iter_mut().for_each(Agent::kill);
             cluster.agents.iter_mut().for_each(Agent::restart);
         }
@@ -70,7 +80,14 @@ fn with_the_capabilities_of_the_daemon_set_everyone_is_served_also_after_a_resta
             agent.terminate();
             agent.cleanup();
         }
+        assert_eq!(reserved(&cluster.lab), "", "{attach}");
     }
+}
+
+/// The ports of node 1 that are kept from its own choice.
+fn reserved(lab: &Lab) -> String {
+    let read = || fs::read_to_string("/proc/sys/net/ipv4/ip_local_reserved_ports").unwrap();
+    lab.node(1).netns.run(read).trim().to_owned()
 }
 
 #[test]

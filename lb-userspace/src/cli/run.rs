@@ -212,9 +212,7 @@ pub fn run(args: RunArgs, gone: &[String]) -> Result<()> {
         return cleanup(&args.folder);
     }
     if args.init_only {
-        let problems = args.conntrack(&config).map(|conntrack| conntrack.apply(Path::new("/"))).unwrap_or_default();
-        problems.iter().for_each(|problem| warn!("{problem}"));
-        info!("what needs all privileges is done");
+        init(&args.options(config)?);
         return Ok(());
     }
     args.set_oom_score(&config);
@@ -230,6 +228,17 @@ pub fn run(args: RunArgs, gone: &[String]) -> Result<()> {
         }
     })?;
     if anew { begin_anew() } else { Ok(()) }
+}
+
+/// What needs rights that the agent can do without later: to write below `/proc/sys`. What fails doesn't keep the rest, nor the agent.
+fn init(options: &agent::Options) {
+    for problem in options.conntrack.iter().flat_map(|conntrack| conntrack.apply(Path::new("/"))) {
+        warn!("{problem}");
+    }
+    if let Err(error) = kernel::reserve_ports(&options.kernel) {
+        warn!("{error:#}");
+    }
+    info!("what needs all privileges is done");
 }
 
 /// Removes ours and kube-proxy's; what is left of one doesn't keep the other.

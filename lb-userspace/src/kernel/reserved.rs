@@ -34,8 +34,12 @@ pub fn reserve(marks: &Path, first: u32, ports: u32) -> Result<()> {
         let mark = marks.join(name(*range));
         fs::create_dir_all(&mark).with_context(|| format!("cannot make {}", mark.display()))?;
     }
-    if after != there {
-        write(&after)?;
+    if after != there
+        && let Err(error) = write(&after)
+    {
+        // Who reserves them by other means keeps them.
+        added.iter().try_for_each(|range| unmark(marks, *range))?;
+        return Err(error);
     }
     for range in old.iter().filter(|(first, last)| *last < wanted.0 || *first > wanted.1) {
         unmark(marks, *range)?;
