@@ -145,8 +145,8 @@ struct Agent {
     report: Report,
     serve: Serve,
     events: Events,
-    /// Whether the cluster had this node's Node object at any time.
-    had_node: bool,
+    /// Whether this node is gone where it has no Node object: a folder of manifests need not have one, but one that it had is gone.
+    needs_node: bool,
     /// When the first change was taken in that is not compiled yet.
     taken: Option<Instant>,
     /// Whether the next writes come from comparing everything.
@@ -213,7 +213,7 @@ impl Agent {
             events,
             taken: None,
             full: true,
-            had_node: false,
+            needs_node: matches!(options.source, Place::ApiServer(_)),
             check_addresses: Vec::new(),
         })
     }
@@ -238,20 +238,17 @@ impl Agent {
         self.take_in(update);
         self.kernel.prepare(&Expected::of(self.pipeline.model()))?;
         self.begun = true;
+        self.note_eligible();
         self.pipeline.compact_model();
         self.set_devices(snapshot);
         self.compile_first();
         self.kernel.verified()?;
         self.attach_devices();
         self.attach_sockets();
-        if let Err(error) = self.kernel.reserve_ports() {
-            let error = error.context(
-                "the node's processes may take the ports that masquerading takes (--masquerade-ports); put them into \
-                 net.ipv4.ip_local_reserved_ports by other means",
-            );
-            if let Some(error) = self.reserving_ports.news(&error) {
-                warn!("{error}");
-            }
+        if let Err(error) = self.kernel.reserve_ports()
+            && let Some(error) = self.reserving_ports.news(&error)
+        {
+            warn!("{error}");
         }
         // The first list takes much more than what stays of it, and never comes again.
         self.pipeline.compact();
@@ -320,10 +317,7 @@ impl Agent {
                 self.serve.health().taken(now);
             }
         }
-        let node = self.pipeline.model().node();
-        self.had_node |= node.is_some();
-        // Where the cluster never had it, as in a folder of manifests, it can't be going away.
-        self.serve.health().set_eligible(node.map_or(!self.had_node, Node::is_eligible));
+        self.note_eligible();
         for problem in &problems {
             if !self.report.source_problems.contains(problem) {
                 warn!("{problem}");
@@ -331,6 +325,15 @@ impl Agent {
         }
         self.report.source_problems = problems;
         self.report.skipped = skipped;
+    }
+
+    /// Whether load balancers may send new connections here: not before there is anything to send them on by (kube-proxy doesn't even
+    /// listen before its Node is there), and not where the Node is gone.
+    fn note_eligible(&mut self) {
+        let node = self.pipeline.model().node();
+        self.needs_node |= node.is_some();
+        let eligible = node.map_or(!self.needs_node, Node::is_eligible);
+        self.serve.health().set_eligible(self.begun && eligible);
     }
 
     /// Follows devices and addresses: rows first, then programs, so that none runs on a device that the tables don't know.

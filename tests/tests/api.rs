@@ -11,6 +11,7 @@ use tests::cluster::{By, TARGET, addressed, refused, web};
 use tests::control_plane::Api;
 use tests::manifest::{PodObject, Service, SliceEndpoint, endpoint_slice};
 use tests::traffic::client::ask_on;
+use tests::traffic::http;
 use tests::{Agent, ControlPlane, Lab, Pod, Protocol, Server, Topology};
 
 /// How soon a change has to be effective while the API server answers: the controllers gather changes for some time.
@@ -70,6 +71,23 @@ impl World {
                 }
                 assert!(start.elapsed() < limit, "{to}: {tally:?}, expected {expected:?}");
             }
+        }
+    }
+
+    /// What `/healthz` and `/livez` of the first agent say, where they are answered.
+    fn health(&self) -> [Option<u16>; 2] {
+        let node = self.lab.node(1);
+        let client = self.lab.host_client(node);
+        let code = |path| http::ask(&client, (node.v4(), 10256).into(), path, &[]).map(|answer| answer.code).ok();
+        ["GET /healthz", "GET /livez"].map(code)
+    }
+
+    /// Waits until they say this.
+    fn expect_health(&self, wanted: [Option<u16>; 2], what: &str) {
+        let start = Instant::now();
+        while self.health() != wanted {
+            assert!(start.elapsed() < SOON, "{what}: {:?}", self.health());
+            thread::sleep(Duration::from_millis(50));
         }
     }
 
@@ -151,10 +169,12 @@ fn connections_go_on_while_the_api_server_is_away() {
     world.expect_problems("the API server is away", SOON, |problems| problems.contains("can't be reached"));
     assert_eq!(ask_on(&mut open).unwrap(), before);
     world.expect_answers(By::NodePort(1), &["p1-1", "p1-2"], SOON);
-    // An agent that starts meanwhile leaves everything as it is, too.
+    assert_eq!(world.health(), [Some(200), Some(200)], "nothing is late");
+    // An agent that starts meanwhile leaves everything as it is, too. It can't know yet whether it still should get connections.
     world.agents[0].kill();
     world.agents[0].spawn().unwrap();
     thread::sleep(Duration::from_secs(2));
+    world.expect_health([Some(503), Some(200)], "it waits for its Node");
     world.expect_answers(By::NodePort(1), &["p1-1", "p1-2"], SOON);
     assert_eq!(ask_on(&mut open).unwrap(), before);
     world.plane.start_api_server().unwrap();
@@ -163,6 +183,21 @@ fn connections_go_on_while_the_api_server_is_away() {
     world.api.patch(&format!("{PODS}/p1-1"), &json!({"metadata": {"labels": {"app": "other"}}}));
     world.expect_answers(By::LoadBalancer, &["p1-2"], RETURN);
     assert_eq!(ask_on(&mut open).unwrap(), before);
+    world.expect_health([Some(200), Some(200)], "all is well again");
+}
+
+#[test]
+fn a_node_that_is_deleted_gets_no_new_connections_also_after_a_restart() {
+    let mut world = World::new(1);
+    world.start_agents("proxy");
+    world.expect_health([Some(200), Some(200)], "at first");
+    let node = format!("/api/v1/nodes/{}", world.lab.node(1).name);
+    world.api.delete(&node);
+    world.expect_health([Some(503), Some(200)], "the Node is deleted");
+    world.agents[0].kill();
+    world.agents[0].spawn().unwrap();
+    // It is alive all the time, though nothing may be written for half a minute (`kube-proxy.md` §12).
+    world.expect_health([Some(503), Some(200)], "an agent that never saw the Node");
 }
 
 #[test]

@@ -117,13 +117,13 @@ struct FamilyBody {
 }
 
 impl Health {
-    /// Nothing has been asked for yet; what isn't done after `timeout` is late.
+    /// Nothing has been asked for yet, and nothing can be served; what isn't done after `timeout` is late.
     #[must_use]
     pub fn new(timeout: Duration) -> Self {
         let updated = Moment::now();
         let families = Family::ALL.map(|family| (family, Progress { updated, queued: None })).into();
         let known = Mutex::new(Known { families, taken: None });
-        Self { timeout, known, eligible: AtomicBool::new(true) }
+        Self { timeout, known, eligible: AtomicBool::new(false) }
     }
 
     fn known(&self) -> MutexGuard<'_, Known> {
@@ -238,9 +238,22 @@ mod tests {
         ["IPv4", "IPv6"].map(|family| body["status"][family]["healthy"].as_bool().unwrap())
     }
 
+    /// Of a node that serves.
+    fn eligible() -> Health {
+        let health = Health::new(TIMEOUT);
+        health.set_eligible(true);
+        health
+    }
+
+    #[test]
+    fn a_node_that_serves_nothing_yet_gets_no_new_connections_and_is_alive() {
+        let (health, now) = (Health::new(TIMEOUT), Moment::now());
+        assert_eq!([true, false].map(|of_node| health.say(of_node, now).0), [false, true]);
+    }
+
     #[test]
     fn a_family_is_late_only_while_something_of_it_waits() {
-        let (health, start) = (Health::new(TIMEOUT), Moment::now());
+        let (health, start) = (eligible(), Moment::now());
         let at = |seconds| after(start, seconds);
         assert_eq!(families(&health, at(100_000)), [true, true], "nothing was asked for");
         health.taken(at(0));
@@ -257,7 +270,7 @@ mod tests {
 
     #[test]
     fn what_was_taken_and_never_planned_is_late_in_every_family() {
-        let (health, start) = (Health::new(TIMEOUT), Moment::now());
+        let (health, start) = (eligible(), Moment::now());
         health.taken(start);
         health.taken(after(start, 30));
         assert_eq!(families(&health, after(start, 60)), [false, false]);
@@ -267,7 +280,7 @@ mod tests {
 
     #[test]
     fn bodies_say_when_the_last_write_was_done_and_livez_knows_no_node() {
-        let (health, start) = (Health::new(TIMEOUT), Moment::now());
+        let (health, start) = (eligible(), Moment::now());
         health.updated(&Family::ALL, start);
         health.queued(&[Family::V4], after(start, 10));
         health.updated(&[Family::V6], after(start, 20));

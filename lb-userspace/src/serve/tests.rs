@@ -35,7 +35,9 @@ fn start(test: u8, sync_period: Duration) -> Serve {
         sync_period,
         ..Options::default()
     };
-    Serve::start(options, "/nowhere".into(), Events::default()).unwrap()
+    let serve = Serve::start(options, "/nowhere".into(), Events::default()).unwrap();
+    serve.health().set_eligible(true);
+    serve
 }
 
 /// Status line, headers without the date, body.
