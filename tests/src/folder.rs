@@ -20,7 +20,8 @@ static NEXT: AtomicU32 = AtomicU32::new(1);
 /// The labs of this process, from before their folder is made until after it is gone.
 static OWN: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
 
-/// A lab's own folder; `id` is part of every name that the lab gives to something global.
+/// A lab's own folder, there until this is dropped; `id` is part of every name that the lab gives to something global: a namespace
+/// (`fl-<id>-…`), a cgroup (the folder's own name), a mount within the folder.
 #[derive(Debug)]
 pub struct Folder {
     id: String,
@@ -62,6 +63,8 @@ impl Folder {
 
 impl Drop for Folder {
     fn drop(&mut self) {
+        // What can't be removed is found as a leftover.
+        let _ = fs::remove_dir_all(&self.path);
         own(|ids| ids.remove(&self.id));
     }
 }
@@ -95,7 +98,8 @@ pub fn all() -> Vec<String> {
     ids
 }
 
-fn id_in(name: &OsStr) -> Option<String> {
+/// The id of the lab that has a folder or a cgroup of this name.
+pub fn id_in(name: &OsStr) -> Option<String> {
     let name = OsString::from(name).into_string().ok()?;
     let id = name.strip_prefix(PREFIX)?;
     let (pid, n) = id.split_once('-')?;

@@ -2,6 +2,7 @@
 //! Never here: anything of a lab whose owner lives, and anything whose name isn't ours.
 
 use std::collections::BTreeSet;
+use std::ffi::OsStr;
 use std::fmt;
 use std::fs;
 use std::io;
@@ -58,8 +59,7 @@ pub fn find() -> Result<Vec<Leftover>> {
         }
     }
     for path in cgroups_of_labs() {
-        let owner = path.file_name().and_then(|name| name.to_str()).and_then(pid_in_cgroup_name);
-        if owner.is_some_and(cgroup::in_use) {
+        if path.file_name().is_some_and(is_cgroup_in_use) {
             continue;
         }
         found.extend(processes_in_cgroup(&path).into_iter().map(Leftover::Process));
@@ -158,15 +158,20 @@ fn cgroups_of_labs() -> Vec<PathBuf> {
     let Some(entries) = cgroup::mount_point().and_then(|root| fs::read_dir(root).ok()) else { return Vec::new() };
     let mut paths: Vec<PathBuf> = entries
         .flatten()
-        .filter(|entry| entry.file_name().to_str().and_then(pid_in_cgroup_name).is_some())
+        .filter(|entry| pid_in(&entry.file_name()).is_some() || folder::id_in(&entry.file_name()).is_some())
         .map(|entry| entry.path())
         .collect();
     paths.sort();
     paths
 }
 
-fn pid_in_cgroup_name(name: &str) -> Option<u32> {
-    name.strip_prefix(folder::PREFIX)?.parse().ok()
+/// A process has one for its clients on nodes; a lab may have one of its own.
+fn is_cgroup_in_use(name: &OsStr) -> bool {
+    pid_in(name).is_some_and(cgroup::in_use) || folder::id_in(name).is_some_and(|id| folder::in_use(&id))
+}
+
+fn pid_in(name: &OsStr) -> Option<u32> {
+    name.to_str()?.strip_prefix(folder::PREFIX)?.parse().ok()
 }
 
 fn processes_in_cgroup(path: &Path) -> Vec<i32> {

@@ -8,6 +8,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
+use tests::folder::{self, Folder};
 use tests::traffic::client::ask_datagram;
 use tests::{Lab, Pod, Protocol, Topology, Wiring, cgroup, residue, topology};
 
@@ -169,6 +170,11 @@ fn be_the_victim() {
     let mut command = Command::new("sleep");
     lab.node(1).netns.apply(&mut command).unwrap();
     let mut sleeper = command.arg("60").stdout(Stdio::null()).spawn().unwrap();
+    // As tests that load programs without a lab have them.
+    let folder = Folder::create().unwrap();
+    let group = cgroup::mount_point().unwrap().join(folder.path().file_name().unwrap());
+    std::fs::create_dir(group).unwrap();
+    println!("folder {}", folder.id());
     println!("up {}", lab.node(1).netns.name());
     sleeper.wait().unwrap();
 }
@@ -188,19 +194,31 @@ fn leftovers_of_a_killed_run_are_found_and_removed_and_labs_in_use_are_not() {
         .stderr(Stdio::null())
         .spawn()
         .unwrap();
-    let lines = BufReader::new(child.stdout.take().unwrap()).lines();
-    let name = lines.map_while(Result::ok).find_map(|line| line.split_once("up ").map(|(_, name)| name.to_owned()));
-    let name = name.expect("the victim comes up");
+    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines().map_while(Result::ok);
+    let mut said = |what| {
+        let found = lines.find_map(|line| line.split_once(what).map(|(_, name)| name.to_owned()));
+        found.expect("the victim comes up")
+    };
+    let (id, name) = (said("folder "), said("up "));
     let pid = child.id();
     child.kill().unwrap();
     child.wait().unwrap();
 
     let removed: Vec<String> = residue::clean().unwrap().iter().map(ToString::to_string).collect();
-    for expected in [format!("network namespace {name}"), "process ".to_owned(), "mount ".to_owned()] {
+    let group = cgroup::mount_point().unwrap().join(format!("fairlead-lab-{id}"));
+    let folder = folder::of(&id);
+    for expected in [
+        format!("network namespace {name}"),
+        "process ".to_owned(),
+        "mount ".to_owned(),
+        format!("cgroup {}", group.display()),
+        format!("folder {}", folder.display()),
+    ] {
         assert!(removed.iter().any(|item| item.starts_with(&expected)), "{expected} in {removed:?}");
     }
     assert!(!Path::new("/run/netns").join(&name).exists());
     assert!(!cgroup::mount_point().unwrap().join(format!("fairlead-lab-{pid}")).exists());
+    assert!(!group.exists() && !folder.exists());
     assert!(residue::find().unwrap().is_empty());
     assert!(mine.node(1).netns.path().exists());
 }

@@ -14,17 +14,17 @@ use std::{
     thread,
 };
 
+use ::tests::{folder::Folder as Dir, lab::NETNS_PREFIX};
 use rustix::{
     mount::{UnmountFlags, unmount},
     thread::{LinkNameSpaceType, move_into_link_name_space},
 };
-use tempfile::TempDir;
 
 use super::*;
 
 /// What a test has for itself.
 struct Lab {
-    dir: TempDir,
+    dir: Dir,
     cgroup: PathBuf,
     namespaces: Vec<String>,
 }
@@ -48,8 +48,7 @@ impl Lab {
 
     /// Another network namespace: the name that `ip netns` knows it by.
     fn namespace(&mut self) -> String {
-        let name = format!("fl-test-{}-{}", std::process::id(), self.dir.path().file_name().unwrap().display());
-        let name = format!("{name}-{}", self.namespaces.len()).replace('.', "");
+        let name = format!("{NETNS_PREFIX}{}-{}", self.dir.id(), self.namespaces.len());
         self.namespaces.push(name.clone());
         run(&format!("ip netns add {name}"));
         name
@@ -77,7 +76,7 @@ impl Kernel {
 /// Runs a test in a network namespace of its own, on a thread of its own.
 fn lab(test: impl FnOnce(&mut Lab) + Send + 'static) {
     let result = thread::spawn(move || {
-        let dir = TempDir::with_prefix("fairlead").unwrap();
+        let dir = Dir::create().unwrap();
         let unified = folder::cgroup(None).unwrap().path;
         let cgroup = unified.join(dir.path().file_name().unwrap());
         fs::create_dir(&cgroup).unwrap();

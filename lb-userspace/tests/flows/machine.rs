@@ -22,8 +22,8 @@ use rustix::{
     mount::{UnmountFlags, unmount},
     thread::{UnshareFlags, unshare_unsafe},
 };
-use tempfile::TempDir;
 use tests::command::ip_batch;
+use tests::folder::Folder;
 
 use crate::{cases::Case, pipeline};
 
@@ -70,14 +70,14 @@ pub struct Machine {
     pub pipeline: Option<Pipeline>,
     now: u64,
     bpffs: PathBuf,
-    _dir: TempDir,
+    _dir: Folder,
 }
 
 impl Machine {
     /// Nothing is loaded yet.
     pub fn new(cgroup: Option<PathBuf>) -> Self {
         static NEXT: AtomicU32 = AtomicU32::new(0);
-        let dir = TempDir::with_prefix("fairlead").unwrap();
+        let dir = Folder::create().unwrap();
         let bpffs = dir.path().join(format!("bpffs{}", NEXT.fetch_add(1, Ordering::Relaxed)));
         let socket_lb = if cgroup.is_some() { SocketLb::Host } else { SocketLb::Off };
         let options = Options { bpffs: bpffs.clone(), cgroup, socket_lb, flows: 65_536, ..Options::default() };

@@ -35,7 +35,7 @@ use rustix::{
     thread::{UnshareFlags, unshare_unsafe},
 };
 use serde_json::{Value, json};
-use tempfile::TempDir;
+use tests::folder::Folder;
 
 /// How long it is looked.
 const WHILE: Duration = Duration::from_secs(3);
@@ -183,7 +183,7 @@ fn change(kernel: &mut Kernel, pipeline: &mut Pipeline, sets: &Sets) -> u64 {
 /// Both families' frontends change, so that each gets the elements which the other's have left. (A packet in a million may meet that, and
 /// only by chance: the test that holds it is with `decide::classify`.)
 fn look(family: usize) {
-    let dir = TempDir::with_prefix("fairlead").unwrap();
+    let dir = Folder::create().unwrap();
     let bpffs = dir.path().join("bpffs");
     let options = Options { bpffs: bpffs.clone(), socket_lb: SocketLb::Off, flows: 4096, ..Options::default() };
     let mut pipeline = Pipeline::new("node1", NodeOptions::default(), Image::default());

@@ -42,7 +42,7 @@ use rustix::{
     thread::{UnshareFlags, unshare_unsafe},
     time::{ClockId, clock_gettime},
 };
-use tempfile::TempDir;
+use tests::folder::Folder;
 
 use frames::{Frames, NODE_V4, NODE_V6, Way};
 
@@ -67,7 +67,7 @@ const fn code(action: Action) -> u32 {
 
 /// The programs, with the tables that the real stages have filled.
 struct Loaded {
-    dir: TempDir,
+    dir: Folder,
     options: Options,
     programs: Programs,
     pinned: Pinned,
@@ -81,7 +81,7 @@ impl Loaded {
 
     /// With objects and options of one's own.
     fn with(manifests: &str, options: Options) -> Self {
-        let dir = TempDir::with_prefix("fairlead").unwrap();
+        let dir = Folder::create().unwrap();
         let objects = dir.path().join("manifests");
         fs::create_dir(&objects).unwrap();
         fs::write(objects.join("all.yaml"), manifests).unwrap();
