@@ -6,6 +6,7 @@ mod count;
 mod frames;
 mod masquerade;
 mod moving;
+mod node_ports;
 mod straight;
 mod tcp;
 
