@@ -9,6 +9,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use tests::cluster::{By, Cluster, KINDS, TARGET, clients, one_service_a_kind, own_addresses, refused};
+use tests::manifest::{PodObject, Service};
 use tests::traffic::client::{ask_datagram, ask_on, echo_on, upload};
 use tests::{Agent, Answer, Client, Protocol, Topology, Wiring};
 
@@ -100,7 +101,15 @@ fn assert_everyone_reaches_everyone(topology: &Topology, flags: &[&str]) {
     // Within the time that a flow of UDP is remembered, also where what one asks through a Service is asked straight by another behind
     // the same address.
     wrong.extend(everyone_asks_everyone(&cluster, pods_at_the_socket, Some(40_000)));
-    assert!(wrong.is_empty(), "{topology:?} {flags:?}: {} wrong:\n{}", wrong.len(), wrong.join("\n"));
+    let packets =
+        || cluster.agents.iter().map(|agent| agent.cli_json(&["status"])["packets"].to_string()).collect::<Vec<_>>();
+    assert!(
+        wrong.is_empty(),
+        "{topology:?} {flags:?}: {} wrong:\n{}\n{}",
+        wrong.len(),
+        wrong.join("\n"),
+        packets().join("\n")
+    );
     if topology.cni_rules {
         for node in &cluster.lab.nodes {
             assert_eq!(cluster.lab.cni_counter(node, "invalid"), 0, "INVALID packets on {}: {topology:?}", node.name);
@@ -178,6 +187,52 @@ fn one_client_port_reaches_an_endpoint_through_services_and_straight_at_once() {
         for node in &lab.nodes {
             assert_eq!(lab.cni_counter(node, "invalid"), 0, "INVALID packets on {}: {wiring:?}", node.name);
         }
+    }
+}
+
+/// Waits until exactly these answer, to everyone who may ask, over every protocol.
+fn expect_answers(cluster: &Cluster, to: &[SocketAddr], by_outside: bool, expected: &BTreeSet<String>) {
+    for (name, client) in clients(&cluster.lab).into_iter().filter(|(name, _)| by_outside || name != "outside") {
+        for (to, protocol) in to.iter().flat_map(|to| PROTOCOLS.map(|protocol| (*to, protocol))) {
+            let start = Instant::now();
+            loop {
+                let tally = client.tally(protocol, to, 80);
+                if tally.as_ref().is_ok_and(|tally| tally.keys().eq(expected)) {
+                    break;
+                }
+                assert!(start.elapsed() < SOON, "{name} asks {to}, {protocol:?}: {tally:?} instead of {expected:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn every_endpoint_answers_everyone_by_an_external_address() {
+    // The network brings them to node 1, as it does LoadBalancer addresses.
+    let addresses: [IpAddr; 2] = [Ipv4Addr::new(10, 99, 1, 150).into(), "fd00:99:1::150".parse().unwrap()];
+    let cluster = Cluster::new(Topology::default(), &[], |lab| {
+        let service = Service::new("external").selector("app", "web").dual_stack(50);
+        let service = service.port("tcp", "TCP", 80, TARGET).port("udp", "UDP", 80, TARGET).external_ips(&addresses);
+        lab.manifests().write("external.json", service);
+        lab.manifests().write_list("pods.json", lab.pods().map(|pod| PodObject::of(pod).label("app", "web")));
+    });
+    let pods = cluster.lab.pods().map(|pod| pod.name.clone()).collect();
+    expect_answers(&cluster, &addresses.map(|address| SocketAddr::new(address, 80)), true, &pods);
+}
+
+#[test]
+fn endpoints_that_are_about_to_go_are_asked_only_where_no_other_is_left() {
+    let cluster = Cluster::web(Topology::default(), &[]);
+    let names: Vec<String> = cluster.lab.pods().map(|pod| pod.name.clone()).collect();
+    for going in [1, names.len()] {
+        for pod in cluster.lab.pods().take(going) {
+            let object = PodObject::of(pod).label("app", "web").terminating();
+            cluster.lab.manifests().write(&format!("pod-{}.json", pod.name), object);
+        }
+        let expected = if going == names.len() { &names[..] } else { &names[going..] };
+        let expected = expected.iter().cloned().collect();
+        expect_answers(&cluster, &By::ClusterIp.addresses(10), false, &expected);
+        expect_answers(&cluster, &By::NodePort(2).addresses(10), true, &expected);
     }
 }
 

@@ -69,11 +69,13 @@ impl Ask {
     /// Asks for less after a server has refused, and says whether there was less to ask for: first a list in pages instead of a
     /// stream, then all Services, since servers before 1.32 don't select them by `spec.clusterIP`.
     pub(super) fn simplify(&mut self) -> bool {
-        if self.streaming {
-            self.streaming = false;
-            return true;
-        }
-        self.kind == Kind::Service && self.fields.take().is_some()
+        self.ask_for_pages() || self.kind == Kind::Service && self.fields.take().is_some()
+    }
+
+    /// Asks for pages instead of a stream, and says whether that is something else: a server that doesn't know streamed lists may send
+    /// nothing at all.
+    pub(super) fn ask_for_pages(&mut self) -> bool {
+        std::mem::take(&mut self.streaming)
     }
 
     /// The resource as RBAC rules name it: `endpointslices` in API group `discovery.k8s.io`.

@@ -13,7 +13,12 @@ use kube::{
 use tokio::{sync::mpsc::Sender, time::timeout};
 use tracing::debug;
 
-use super::{Address, Requests, ask::Ask, raw::Raw, trouble::Remedy};
+use super::{
+    Address, Requests,
+    ask::Ask,
+    raw::Raw,
+    trouble::{self, Remedy},
+};
 use crate::{model::Kind, source::Problem};
 
 /// A list from which nothing comes for so long is asked for again.
@@ -54,7 +59,8 @@ pub(super) async fn follow(address: Address, requests: Requests, mut ask: Ask, s
         let outcome = next(&mut stream, listed).await;
         let Some(outcome) = outcome else {
             debug!(%kind, "the list stalls; asking again");
-            ask.simplify();
+            ask.ask_for_pages();
+            let _ = signals.send(Signal::Trouble(kind, stalled(&ask, &server))).await;
             pause(&mut backoff).await;
             continue;
         };
@@ -97,10 +103,18 @@ pub(super) async fn follow(address: Address, requests: Requests, mut ask: Ask, s
 }
 
 /// The next event. Once everything is listed, silence is normal, and kube's watcher sees to it that a dead watch ends; before
-/// that, silence is nothing: a server that doesn't know streamed lists may send nothing at all.
+/// that, silence is nothing.
 async fn next(stream: &mut Events, listed: bool) -> Option<watcher::Result<Event<Raw>>> {
     let next = stream.next();
     if listed { next.await } else { timeout(LIST_PATIENCE, next).await.ok().flatten() }
+}
+
+fn stalled(ask: &Ask, server: &str) -> Problem {
+    let seconds = LIST_PATIENCE.as_secs();
+    let message = format!(
+        "the API server at {server} sends nothing for {seconds} s; it is asked again; look at it and at what is between"
+    );
+    trouble::of(ask, &message)
 }
 
 fn watch(client: Client, ask: &Ask) -> Events {

@@ -77,6 +77,6 @@ fn without(ask: &Ask) -> &'static str {
     if ask.needed { "" } else { "; everything else works without" }
 }
 
-fn of(ask: &Ask, message: &str) -> Problem {
+pub(super) fn of(ask: &Ask, message: &str) -> Problem {
     Problem { object: Some(format!("{}s", ask.kind)), message: message.to_owned(), ..Problem::default() }
 }
