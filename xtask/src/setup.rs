@@ -211,6 +211,7 @@ fn needs() -> Vec<Need> {
         Need { packages: &["iproute2"], why: "tests and demo make network namespaces with `ip`", found: has("ip") },
         Need { packages: &["nftables"], why: "tests put a CNI's netfilter rules beside the agent", found: has("nft") },
         Need { packages: &["ethtool"], why: "tests switch offloads of devices", found: has("ethtool") },
+        Need { packages: &["procps"], why: "`cargo xtask cluster down` ends processes by `kill`", found: has("kill") },
         Need { packages: &["curl"], why: "people explore a demo that is kept with `curl`", found: has("curl") },
         Need { packages: &["gcc", "libc6-dev"], why: "Rust programs are linked by `cc`", found: has("cc") },
     ];
