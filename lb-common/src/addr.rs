@@ -19,6 +19,9 @@ impl Addr {
     /// `::`, the address that NodePort frontends of IPv6 have.
     pub const UNSPECIFIED_V6: Self = Self { words: [0; 4] };
 
+    /// `127.0.0.0`, which stands for all of `127.0.0.0/8` in the table of the node's addresses.
+    pub const LOOPBACK_NET_V4: Self = Self::from_v4_word(0x7f00_0000_u32.to_be());
+
     /// An IPv4 address from its header field as it stands in memory.
     #[must_use]
     #[inline(always)]

@@ -7,7 +7,7 @@
 use crate::{
     addr::{Addr, Port},
     affinity::{Affinity, AffinityKey, Wanted},
-    layout::{Endpoint, Frontend, FrontendKey, Range, endpoint_flags, frontend_flags, node_flags},
+    layout::{Endpoint, Frontend, FrontendKey, NodeAddress, Range, endpoint_flags, frontend_flags, node_flags},
     reason::Reason,
     tables::Tables,
 };
@@ -261,7 +261,7 @@ fn find_by<'a, T: Tables>(key: &mut FrontendKey, dst: &Addr, dport: Port, tables
     }
     key.addr = dst.unspecified();
     if tables.may_be_frontend(&key.addr, dport)
-        && tables.node_address(dst) & node_flags::NODE_PORTS != 0
+        && node_address(dst, tables) & node_flags::NODE_PORTS != 0
         && let Some(frontend) = look(key, tables)
     {
         return Some(frontend);
@@ -271,6 +271,16 @@ fn find_by<'a, T: Tables>(key: &mut FrontendKey, dst: &Addr, dport: Port, tables
     }
     *key = FrontendKey::any_port(*dst);
     look(key, tables)
+}
+
+/// What an address is to the node. All of `127.0.0.0/8` is its own (routing table `local`), although hardly one is on an interface.
+#[inline(always)]
+fn node_address<T: Tables>(addr: &Addr, tables: &T) -> NodeAddress {
+    let flags = tables.node_address(addr);
+    if flags == 0 && addr.is_v4() && addr.is_loopback() {
+        return tables.node_address(&Addr::LOOPBACK_NET_V4);
+    }
+    flags
 }
 
 /// A frontend, which is not there only if it is missed twice. The kernel replaces an element of a hash table by putting the new one in front
@@ -294,7 +304,7 @@ mod tests {
 
     use super::*;
     use crate::{
-        layout::{NodeAddress, bit_index, protocol},
+        layout::{bit_index, protocol},
         memory::Memory,
     };
 

@@ -15,7 +15,7 @@ use lb_common::{
 };
 
 use crate::{
-    maps::{LINK_HEADER, REPLY_MARK, REPLY_MARK_MASK, SCRATCH},
+    maps::{LINK_HEADER, NETNS_COOKIE, REPLY_MARK, REPLY_MARK_MASK, SCRATCH},
     skb::Skb,
     state::Maps,
 };
@@ -29,11 +29,26 @@ const PACKET_HOST: u32 = 0;
 /// `pkt_type` of a frame for another host.
 const PACKET_OTHERHOST: u32 = 3;
 
-/// `tc_index` of a packet that ingress has translated. It survives until the packet leaves, unless another classifier has
-/// a use for the field.
-const TRANSLATED: u32 = 0x464c;
-/// `tc_index` of a packet that egress has changed for the last time, on its way from a bridge or a bond to a port.
-const FINISHED: u32 = 0x4641;
+/// Bits of `tc_index` that are ours. Cilium has flags in the five below (`TC_INDEX_F_*` in its `bpf/lib/common.h`).
+const HINT: u32 = 0xffe0;
+/// Of these, what says that egress has changed the packet for the last time, on its way from a bridge or a bond to a port; without it,
+/// ingress has translated the packet.
+const FINISHED: u32 = 0x20;
+
+/// What a packet has in [`HINT`] that ingress has translated. It survives until the packet leaves, unless another classifier has a use for
+/// the field, and also on the way to another node of this kernel (kind): each has its own, but for one pair in 1,023.
+#[inline(always)]
+fn translated() -> u32 {
+    // Cookies count up: multiplied, their lower bits change the upper ones (Knuth, volume 3, section 6.4).
+    let own = (NETNS_COOKIE.load() as u32).wrapping_mul(0x9e37_79b1) >> 16 & HINT & !FINISHED;
+    if own == 0 { HINT & !FINISHED } else { own }
+}
+
+#[inline(always)]
+fn set_hint(skb: *mut __sk_buff, hint: u32) {
+    // SAFETY: the context is valid as long as the program runs.
+    unsafe { (*skb).tc_index = (*skb).tc_index & !HINT | hint };
+}
 
 /// Packets that enter the host.
 #[classifier]
@@ -45,9 +60,8 @@ pub fn ingress(ctx: TcContext) -> i32 {
         return TC_ACT_UNSPEC;
     }
     if hook.finished {
-        // By another node of this kernel.
-        // SAFETY: the context is valid as long as the program runs.
-        unsafe { (*skb).tc_index = 0 };
+        // It was here before, and comes back.
+        set_hint(skb, 0);
     }
     let mut packet = Skb { skb };
     packet.pull(hook.link_header + if hook.v6 { HEADERS_V6 } else { HEADERS_V4 });
@@ -58,8 +72,7 @@ pub fn ingress(ctx: TcContext) -> i32 {
     }
     let action = path::ingress(&mut packet, &hook, scratch, &mut Maps::of_packet(skb));
     if action.reason().verdict() == Verdict::Translate {
-        // SAFETY: the context is valid as long as the program runs.
-        unsafe { (*skb).tc_index = TRANSLATED };
+        set_hint(skb, translated());
     }
     #[cfg(feature = "program-log")]
     crate::log::packet(&ctx, "in", &hook, action.reason());
@@ -76,8 +89,7 @@ pub fn egress(ctx: TcContext) -> i32 {
     let Some(scratch) = scratch() else { return TC_ACT_UNSPEC };
     let action = path::egress(&mut packet, &hook, scratch, &mut Maps::of_packet(skb));
     if matches!(action.reason(), Reason::Reply | Reason::Masqueraded | Reason::IcmpError) {
-        // SAFETY: the context is valid as long as the program runs.
-        unsafe { (*skb).tc_index = FINISHED };
+        set_hint(skb, translated() | FINISHED);
     }
     #[cfg(feature = "program-log")]
     crate::log::packet(&ctx, "out", &hook, action.reason());
@@ -107,8 +119,8 @@ fn hook(skb: *mut __sk_buff) -> Option<Hook> {
         return None;
     }
     // SAFETY: as above.
-    let (hint, from_node) = unsafe { ((*skb).tc_index, (*skb).ingress_ifindex == 0) };
-    let (translated, finished) = (hint == TRANSLATED, hint == FINISHED);
+    let (hint, from_node) = unsafe { ((*skb).tc_index & HINT, (*skb).ingress_ifindex == 0) };
+    let (translated, finished) = (hint == translated(), hint == translated() | FINISHED);
     Some(Hook { device, link_header: LINK_HEADER.load() as usize, v6, translated, finished, from_node })
 }
 

@@ -63,8 +63,20 @@ pub fn read_counter(map: &OwnedFd) -> io::Result<u64> {
     Ok(value)
 }
 
+/// What a classifier does with the five lowest bits of `tc_index`, where Cilium has flags of its own.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Flags {
+    /// Nothing.
+    #[default]
+    Ignore,
+    /// Makes `tc_index` this.
+    Set(i32),
+    /// Counts only packets that have these.
+    Want(i32),
+}
+
 /// A classifier named `foreign`: `counter[0] += 1; return verdict`.
-pub fn load_counting_program(counter: &OwnedFd, verdict: i32) -> io::Result<OwnedFd> {
+pub fn load_counting_program(counter: &OwnedFd, verdict: i32, flags: Flags) -> io::Result<OwnedFd> {
     const PROG_LOAD: i32 = 5;
     const SCHED_CLS: u32 = 3;
     // code, registers (source in the high half), offset, immediate (`include/uapi/linux/bpf.h`)
@@ -72,6 +84,22 @@ pub fn load_counting_program(counter: &OwnedFd, verdict: i32) -> io::Result<Owne
         let [a, b] = offset.to_ne_bytes();
         let [c, d, e, f] = immediate.to_ne_bytes();
         u64::from_ne_bytes([code, registers, a, b, c, d, e, f])
+    };
+    // `tc_index` in `struct __sk_buff`.
+    const TC_INDEX: i16 = 44;
+    let first = match flags {
+        Flags::Ignore => Vec::new(),
+        Flags::Set(value) => vec![
+            instruction(0xb7, 0x02, 0, value),    // r2 = value
+            instruction(0x63, 0x21, TC_INDEX, 0), // ctx->tc_index = r2
+        ],
+        Flags::Want(value) => vec![
+            instruction(0x61, 0x12, TC_INDEX, 0), // r2 = ctx->tc_index
+            instruction(0x57, 0x02, 0, 0x1f),     // r2 &= 0x1f
+            instruction(0x15, 0x02, 2, value),    // if r2 == value skip two
+            instruction(0xb7, 0x00, 0, verdict),  // r0 = verdict
+            instruction(0x95, 0, 0, 0),           // exit
+        ],
     };
     let program = [
         instruction(0x62, 0x0a, -4, 0),                  // *(u32 *)(r10 - 4) = 0
@@ -86,6 +114,7 @@ pub fn load_counting_program(counter: &OwnedFd, verdict: i32) -> io::Result<Owne
         instruction(0xb7, 0x00, 0, verdict), // r0 = verdict
         instruction(0x95, 0, 0, 0),          // exit
     ];
+    let program = [&first[..], &program].concat();
     let count = u32::try_from(program.len()).map_err(io::Error::other)?;
     let attr = EMPTY.word(0, SCHED_CLS).word(4, count).pointer(8, program.as_ptr()).pointer(16, c"GPL".as_ptr());
     let attr = attr.word(48, u32::from_ne_bytes(*b"fore")).word(52, u32::from_ne_bytes(*b"ign\0"));

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
-use crate::bpf::{attach_tcx, create_counter, load_counting_program, pin, read_counter};
+use crate::bpf::{Flags, attach_tcx, create_counter, load_counting_program, pin, read_counter};
 use crate::netns::Netns;
 
 /// On which side of a device.
@@ -47,13 +47,26 @@ pub struct Foreign {
 impl Foreign {
     /// Attaches to a device of a namespace. `bpffs` is a place for a pin.
     pub fn attach(netns: &Netns, device: &str, side: Side, place: Place, verdict: i32, bpffs: &Path) -> Self {
-        Self::try_attach(netns, device, side, place, verdict, bpffs)
+        Self::try_attach(netns, device, side, place, (verdict, Flags::Ignore), bpffs)
             .unwrap_or_else(|error| panic!("attaching to {device}, {side:?}, {place:?}: {error:#}"))
     }
 
-    fn try_attach(netns: &Netns, device: &str, side: Side, place: Place, verdict: i32, bpffs: &Path) -> Result<Self> {
+    /// The same for one that goes on, and sets or looks at `tc_index`.
+    pub fn attach_for(netns: &Netns, device: &str, side: Side, place: Place, flags: Flags, bpffs: &Path) -> Self {
+        Self::try_attach(netns, device, side, place, (NEXT, flags), bpffs)
+            .unwrap_or_else(|error| panic!("attaching to {device}, {side:?}, {place:?}: {error:#}"))
+    }
+
+    fn try_attach(
+        netns: &Netns,
+        device: &str,
+        side: Side,
+        place: Place,
+        (verdict, flags): (i32, Flags),
+        bpffs: &Path,
+    ) -> Result<Self> {
         let counter = create_counter().context("creating a map")?;
-        let program = load_counting_program(&counter, verdict).context("loading a program")?;
+        let program = load_counting_program(&counter, verdict, flags).context("loading a program")?;
         let before = match place {
             Place::TcxFirst => true,
             Place::TcxLast => false,

@@ -10,6 +10,7 @@ use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use tests::bpf::Flags;
 use tests::cluster::{By, Cluster, TARGET, addressed, one_service_a_kind, refused};
 use tests::foreign::{Foreign, NEXT, OK, Place, Side};
 use tests::manifest::Service;
@@ -123,6 +124,35 @@ fn programs_of_others_that_say_next_see_every_packet_whoever_came_first() {
         let programs = attach_everywhere(&cluster.lab, &places, NEXT);
         cluster.agents[0].restart();
         assert_served_and_seen(&cluster, &programs, &format!("{attach}, theirs came first"));
+    }
+}
+
+#[test]
+fn flags_that_others_have_in_tc_index_stay_beside_ours() {
+    let cluster = cluster(&["--attach", "tcx"]);
+    let lab = &cluster.lab;
+    let (netns, device, bpffs) = (&lab.node(1).netns, &*lab.pod(1, 1).host_device, lab.bpffs(lab.node(1)));
+    let attach = |device, side, place, flags| Foreign::attach_for(netns, device, side, place, flags, &bpffs);
+    // Cilium's are 1 to 16.
+    let flags = 0b1_0101;
+    let _set = [
+        attach(device, Side::Ingress, Place::TcxFirst, Flags::Set(flags)),
+        attach("eth0", Side::Ingress, Place::TcxFirst, Flags::Set(flags)),
+    ];
+    let wanted = [
+        (device, Side::Ingress, "a translated request"),
+        ("eth0", Side::Egress, "a translated request that leaves"),
+        (device, Side::Egress, "an answer that was made the frontend's"),
+    ]
+    .map(|(device, side, what)| (attach(device, side, Place::TcxLast, Flags::Want(flags)), what));
+    let client = lab.client(lab.pod(1, 1));
+    for to in By::ClusterIp.addresses(12) {
+        let before = wanted.each_ref().map(|(program, _)| program.seen());
+        let asked = client.ask_times(Protocol::Udp, to, 10).unwrap();
+        assert_eq!(asked.len(), 10);
+        for ((program, what), before) in wanted.iter().zip(before) {
+            assert!(program.seen() >= before + 10, "{to}: {what}: {} of 10 have the flags", program.seen() - before);
+        }
     }
 }
 

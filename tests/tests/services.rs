@@ -153,17 +153,24 @@ fn one_client_port_reaches_an_endpoint_through_services_and_straight_at_once() {
             Cluster::new(Topology { wiring, cni_rules: true, ..Topology::default() }, &[], one_service_a_kind);
         let lab = &cluster.lab;
         lab.route_pods_from_switch().unwrap();
-        for (client, by, number, endpoint) in [
-            (lab.client(lab.pod(1, 1)), By::ClusterIp, 12, "p2-1"),
-            (lab.client(lab.pod(1, 2)), By::ClusterIp, 14, "node2"),
-            (lab.client(lab.pod(2, 2)), By::LoadBalancer, 11, "p1-1"),
-            (lab.host_client(lab.node(1)), By::NodePort(2), 12, "p2-1"),
-            (lab.host_client(lab.node(2)), By::NodePort(1), 13, "node1"),
-        ] {
+        let cases = [
+            (lab.client(lab.pod(1, 1)), By::ClusterIp, 12, "p2-1", None),
+            (lab.client(lab.pod(1, 2)), By::ClusterIp, 14, "node2", None),
+            (lab.client(lab.pod(2, 2)), By::LoadBalancer, 11, "p1-1", None),
+            (lab.host_client(lab.node(1)), By::NodePort(2), 12, "p2-1", None),
+            (lab.host_client(lab.node(2)), By::NodePort(1), 13, "node1", None),
+            // What its own node translates is straight for the endpoint's.
+            (lab.client(lab.pod(1, 1)), By::NodePort(2), 14, "node2", Some(By::ClusterIp)),
+            (lab.client(lab.pod(2, 1)), By::NodePort(1), 13, "node1", Some(By::LoadBalancer)),
+        ];
+        for (source_port, (client, by, number, endpoint, second)) in (40_000..).zip(cases) {
             for (family, through) in by.addresses(number).into_iter().enumerate() {
                 let client = client.clone().with_timeout(Duration::from_secs(1));
-                let straight = SocketAddr::new(own_addresses(lab, endpoint)[family], TARGET);
-                let source = unspecified(through, 40_000 + number);
+                let straight = second.map_or_else(
+                    || SocketAddr::new(own_addresses(lab, endpoint)[family], TARGET),
+                    |by| by.addresses(number)[family],
+                );
+                let source = unspecified(through, source_port);
                 let what = format!("{wiring:?} {} to {through} and {straight}", client.netns().name());
                 let mut streams: Vec<_> = [through, straight]
                     .into_iter()
@@ -201,6 +208,48 @@ fn expect_answers(cluster: &Cluster, to: &[SocketAddr], by_outside: bool, expect
                     break;
                 }
                 assert!(start.elapsed() < SOON, "{name} asks {to}, {protocol:?}: {tally:?} instead of {expected:?}");
+            }
+        }
+    }
+}
+
+const fn protocol_name(protocol: Protocol) -> &'static str {
+    match protocol {
+        Protocol::Tcp => "tcp",
+        Protocol::Udp | Protocol::UdpUnconnected => "udp",
+    }
+}
+
+#[test]
+fn node_ports_follow_the_addresses_of_a_running_agents_node() {
+    let cluster = Cluster::web(Topology::default(), &["--nodeport-addresses", "0.0.0.0/0,::/0"]);
+    let lab = &cluster.lab;
+    let client = lab.outside_client().with_timeout(Duration::from_millis(300));
+    let change = |verb: &str, address: &str| {
+        lab.node(1).netns.ip(&[format!("address {verb} {address} dev eth0")]).unwrap();
+    };
+    for (address, to) in [("10.99.0.77/24", "10.99.0.77:30010"), ("fd00:99::77/64", "[fd00:99::77]:30010")] {
+        let to: SocketAddr = to.parse().unwrap();
+        for protocol in [Protocol::Tcp, Protocol::Udp] {
+            assert!(client.ask(protocol, to).is_err(), "{protocol:?} {to} is nobody's yet");
+        }
+        for _ in 0..2 {
+            change("add", address);
+            for protocol in [Protocol::Tcp, Protocol::Udp] {
+                client
+                    .ask_until(protocol, to, SOON, Result::is_ok)
+                    .unwrap_or_else(|error| panic!("{protocol:?} {to}: {error}"));
+            }
+            change("delete", address);
+            for protocol in [Protocol::Tcp, Protocol::Udp] {
+                client
+                    .ask_until(protocol, to, SOON, Result::is_err)
+                    .unwrap_or_else(|error| panic!("{protocol:?} {to} is nobody's again: {error}"));
+                let question = ["explain", protocol_name(protocol), "10.99.0.200", &to.to_string()];
+                let start = Instant::now();
+                while cluster.agents[0].cli_json(&question)["verdict"] != "pass" {
+                    assert!(start.elapsed() < SOON, "{to}: {}", cluster.agents[0].cli_json(&question));
+                }
             }
         }
     }

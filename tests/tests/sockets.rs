@@ -46,24 +46,44 @@ fn udp(client: &Client, to: SocketAddr) -> UdpSocket {
 
 /// What is wrong with a socket's view of one frontend.
 fn look(client: &Client, to: SocketAddr, endpoint: &str) -> Result<(), String> {
-    let text = |what: &str, error: std::io::Error| format!("{what}: {error}");
-    let mut stream = connect(client, to).map_err(|error| text("TCP", error))?;
-    let by = ask_on(&mut stream).map_err(|error| text("TCP", error))?.by;
-    let peer = stream.peer_addr().map_err(|error| text("TCP", error))?;
+    LOOKS.iter().try_for_each(|look| look(client, to, endpoint))
+}
+
+type Look = fn(&Client, SocketAddr, &str) -> Result<(), String>;
+
+/// By a kind of socket each.
+const LOOKS: [Look; 3] = [look_by_tcp, look_by_udp, look_by_free_udp];
+
+fn text(what: &str, error: &std::io::Error) -> String {
+    format!("{what}: {error}")
+}
+
+fn look_by_tcp(client: &Client, to: SocketAddr, endpoint: &str) -> Result<(), String> {
+    let mut stream = connect(client, to).map_err(|error| text("TCP", &error))?;
+    let by = ask_on(&mut stream).map_err(|error| text("TCP", &error))?.by;
+    let peer = stream.peer_addr().map_err(|error| text("TCP", &error))?;
     if by != endpoint || peer != to {
         return Err(format!("TCP: {by} answers, getpeername says {peer}"));
     }
+    Ok(())
+}
+
+fn look_by_udp(client: &Client, to: SocketAddr, endpoint: &str) -> Result<(), String> {
     let connected = udp(client, to);
-    connected.connect(to).map_err(|error| text("UDP", error))?;
-    let by = ask_datagram(&connected, to).map_err(|error| text("UDP", error))?.by;
-    let peer = connected.peer_addr().map_err(|error| text("UDP", error))?;
+    connected.connect(to).map_err(|error| text("UDP", &error))?;
+    let by = ask_datagram(&connected, to).map_err(|error| text("UDP", &error))?.by;
+    let peer = connected.peer_addr().map_err(|error| text("UDP", &error))?;
     if by != endpoint || peer != to {
         return Err(format!("UDP: {by} answers, getpeername says {peer}"));
     }
+    Ok(())
+}
+
+fn look_by_free_udp(client: &Client, to: SocketAddr, endpoint: &str) -> Result<(), String> {
     let free = udp(client, to);
     for _ in 0..3 {
         // Also looks at where the answer comes from.
-        let by = ask_datagram(&free, to).map_err(|error| text("UDP, not connected", error))?.by;
+        let by = ask_datagram(&free, to).map_err(|error| text("UDP, not connected", &error))?.by;
         if by != endpoint {
             return Err(format!("UDP, not connected: {by} answers"));
         }
@@ -135,6 +155,24 @@ fn a_socket_of_the_node_that_is_left_alone_reaches_what_is_no_service() {
         look(&node, to, "p2-1").unwrap();
         if let Some(to) = mapped(to) {
             look(&node, to, "p2-1").unwrap();
+        }
+    }
+}
+
+#[test]
+fn node_ports_answer_on_localhost_where_the_mode_has_them() {
+    for (mode, has_them) in [("iptables", true), ("nftables", false)] {
+        let cluster = cluster(&["--proxy-mode", mode]);
+        let node = cluster.lab.host_client(cluster.lab.node(1)).with_timeout(TIMEOUT);
+        for to in ["127.0.0.1:30012", "127.9.9.9:30012", "[::1]:30012"] {
+            let to: SocketAddr = to.parse().unwrap();
+            let expected = has_them && to.is_ipv4();
+            for to in [Some(to), mapped(to)].into_iter().flatten() {
+                for look in LOOKS {
+                    let seen = look(&node, to, "p2-1");
+                    assert_eq!(seen.is_ok(), expected, "{mode} {to}: {seen:?}");
+                }
+            }
         }
     }
 }

@@ -137,7 +137,8 @@ impl NodeView {
     }
 }
 
-/// The flags of the node's addresses: those on its interfaces, and loopback.
+/// The flags of the node's addresses: those on its interfaces, and loopback; where NodePorts are served at every address, also those of
+/// `127.0.0.0/8` that are on none ([`Addr::LOOPBACK_NET_V4`]).
 #[must_use]
 pub fn node_addresses(
     interfaces: &[IpAddr],
@@ -160,7 +161,19 @@ pub fn node_addresses(
         };
         node_flags::LOCAL | if serves && answers(addr) { node_flags::NODE_PORTS } else { 0 }
     };
-    (interfaces.iter().chain(&loopback).map(|addr| (Addr::from(*addr), flags(addr))).collect(), problems)
+    let mut addresses: BTreeMap<Addr, NodeAddress> =
+        interfaces.iter().chain(&loopback).map(|addr| (Addr::from(*addr), flags(addr))).collect();
+    let serves = |flags: &NodeAddress| flags & node_flags::NODE_PORTS != 0;
+    if is_everywhere(true, &nets, options) && addresses.get(&loopback[0].into()).is_some_and(serves) {
+        addresses.insert(Addr::LOOPBACK_NET_V4, node_flags::LOCAL | node_flags::NODE_PORTS);
+    }
+    (addresses, problems)
+}
+
+/// Whether NodePorts are served at every address of the node of that family.
+fn is_everywhere(v4: bool, nets: &[IpNet], options: &NodeOptions) -> bool {
+    let mut of_family = nets.iter().filter(|net| net.addr().is_ipv4() == v4).peekable();
+    !wants_primary(options) && (of_family.peek().is_none() || of_family.any(|net| net.prefix_len() == 0))
 }
 
 /// Where healthCheckNodePorts listen: everywhere, written as the unspecified address, unless NodePorts are restricted.
@@ -171,14 +184,10 @@ pub fn health_check_addresses(
     options: &NodeOptions,
 ) -> Vec<IpAddr> {
     let (nets, _) = node_port_nets(view, options);
-    let everywhere = |v4: bool| {
-        let mut of_family = nets.iter().filter(|net| net.addr().is_ipv4() == v4);
-        !wants_primary(options) && (of_family.clone().next().is_none() || of_family.any(|net| net.prefix_len() == 0))
-    };
     let serving = || addresses.iter().filter(|(_, flags)| **flags & node_flags::NODE_PORTS != 0);
     let mut listen = Vec::new();
     for (v4, unspecified) in [(true, Addr::UNSPECIFIED_V4), (false, Addr::UNSPECIFIED_V6)] {
-        if everywhere(v4) {
+        if is_everywhere(v4, &nets, options) {
             listen.push(unspecified.into());
         } else {
             listen.extend(serving().map(|(addr, _)| *addr).filter(|addr| addr.is_v4() == v4).map(IpAddr::from));
@@ -285,7 +294,7 @@ mod tests {
     #[test]
     fn node_ports_answer_where_mode_and_option_say() {
         let all = ["192.168.0.2", "192.168.1.2", "2001:db8::1", "2001:db8:1::2"];
-        let localhost = [&all[..], &["127.0.0.1"]].concat();
+        let localhost = [&all[..], &["127.0.0.0", "127.0.0.1"]].concat();
         let first = ["192.168.0.2", "2001:db8::1"];
         for (mode, option, want) in [
             (ProxyMode::Iptables, &[][..], &localhost[..]),
@@ -297,6 +306,7 @@ mod tests {
             (ProxyMode::Nftables, &["0.0.0.0/0", "::/0"], &all),
             (ProxyMode::Nftables, &["all"], &all),
             (ProxyMode::Iptables, &["primary", "localhost"], &["192.168.0.2", "2001:db8::1", "127.0.0.1"]),
+            (ProxyMode::Iptables, &["0.0.0.0/0", "::/0"], &localhost),
             (ProxyMode::Nftables, &["localhost"], &[]),
             (ProxyMode::Nftables, &["192.168.1.0/24"], &["192.168.1.2", "2001:db8::1", "2001:db8:1::2"]),
             (ProxyMode::Iptables, &["192.168.1.0/24", "2001:db8:9::/64"], &["192.168.1.2"]),
@@ -317,7 +327,8 @@ mod tests {
                 .map(|(addr, _)| *addr)
                 .collect();
             assert_eq!(serving, want, "{mode:?} {option:?}");
-            assert_eq!((found.len(), problems), (6, Vec::new()));
+            let is_net = |addr: &&Addr| **addr == Addr::LOOPBACK_NET_V4;
+            assert_eq!((found.keys().filter(|addr| !is_net(addr)).count(), problems), (6, Vec::new()));
             assert!(found.values().all(|flags| flags & node_flags::LOCAL != 0));
         }
     }

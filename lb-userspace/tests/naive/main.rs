@@ -152,9 +152,9 @@ impl World {
 fn packets() -> impl Iterator<Item = Packet> {
     let ip = |text: &str| parse_ip(text).unwrap();
     [0, 1].into_iter().flat_map(move |family| {
-        let loopback = ["127.0.0.1", "::1"][family];
+        let loopback = [&["127.0.0.1", "127.9.9.9"][..], &["::1"]][family];
         let all =
-            [&CLUSTER_IPS[family][..], &EXTERNAL_IPS[family], &NODE_IPS[family][..2], &[loopback, OUTSIDE[family]]];
+            [&CLUSTER_IPS[family][..], &EXTERNAL_IPS[family], &NODE_IPS[family][..2], loopback, &[OUTSIDE[family]]];
         let sources = [
             (POD_IPS[family][0], false, "veth1"),
             (POD_IPS[family][2], false, "cni0"),

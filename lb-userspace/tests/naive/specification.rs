@@ -374,7 +374,7 @@ impl Cluster<'_> {
     }
 
     fn is_own(&self, addr: IpAddr) -> bool {
-        self.node.interfaces.contains(&addr) || addr == IpAddr::from([127, 0, 0, 1]) || addr == address("::1")
+        self.node.interfaces.contains(&addr) || addr.is_loopback()
     }
 
     /// InternalIP before ExternalIP, one of each family (§12).
@@ -398,6 +398,11 @@ impl Cluster<'_> {
         let nets: Vec<IpNet> = list.iter().filter(|it| **it != "primary").map(|it| network(it)).collect();
         let mut of_family = nets.iter().filter(|net| net.addr().is_ipv4() == addr.is_ipv4()).peekable();
         let primary = list.contains(&"primary");
+        // Of localhost, lists know the addresses that are on an interface; an iptables rule without a list knows all (§5).
+        let on_interface = self.node.interfaces.contains(&addr) || addr == IpAddr::from([127, 0, 0, 1]);
+        if addr.is_loopback() && !on_interface {
+            return !primary && (of_family.peek().is_none() || of_family.any(|net| net.prefix_len() == 0));
+        }
         !primary && of_family.peek().is_none()
             || of_family.any(|net| net.contains(&addr))
             || primary && self.primary().contains(&addr)

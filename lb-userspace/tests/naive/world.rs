@@ -94,6 +94,8 @@ pub fn node() -> impl Strategy<Value = Node> {
         vec!["0.0.0.0/0", "::/0"],
         vec!["192.168.1.0/24"],
         vec!["primary", "fd00:c1::/64", "127.0.0.0/8"],
+        vec!["127.0.0.1/32"],
+        vec!["127.9.9.0/24", "::/0"],
     ]);
     let detector = select(vec![
         Detector::None,
@@ -116,8 +118,8 @@ pub fn node() -> impl Strategy<Value = Node> {
 }
 
 fn interfaces() -> impl Strategy<Value = Vec<IpAddr>> {
-    let all: Vec<IpAddr> = NODE_IPS.as_flattened().iter().map(|text| text.parse().unwrap()).collect();
-    subsequence(all, 0..=6)
+    let all = NODE_IPS.as_flattened().iter().chain(&["127.9.9.9"]);
+    subsequence(all.map(|text| text.parse().unwrap()).collect::<Vec<IpAddr>>(), 0..=7)
 }
 
 /// One list or the other, or both, by the families of a Service.
