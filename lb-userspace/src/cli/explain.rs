@@ -30,7 +30,7 @@ use super::run::read_config;
 use crate::{
     config::flags::Flags,
     image::{Image, service_name},
-    model::address::parse_ip,
+    model::{address::parse_ip, object::Protocol},
     pipeline::Pipeline,
     plan::node::LocalDetector,
     source::manifests,
@@ -49,14 +49,14 @@ Examples:
 #[command(after_help = EXAMPLES)]
 pub struct ExplainArgs {
     /// The packet: tcp, udp or sctp
-    #[arg(value_name = "PROTOCOL", requires = "to", conflicts_with = "packets", required_unless_present = "packets")]
-    pub protocol: Option<String>,
+    #[arg(value_name = "PROTOCOL", requires = "to", conflicts_with = "packets", required_unless_present = "packets", value_parser = packet::protocol_of)]
+    pub protocol: Option<Protocol>,
     /// Where it comes from; the port is of no importance
-    #[arg(value_name = "FROM[:PORT]", requires = "to")]
-    pub from: Option<String>,
+    #[arg(value_name = "FROM[:PORT]", requires = "to", value_parser = packet::source)]
+    pub from: Option<IpAddr>,
     /// Where it is sent to
-    #[arg(value_name = "TO:PORT")]
-    pub to: Option<String>,
+    #[arg(value_name = "TO:PORT", value_parser = packet::destination)]
+    pub to: Option<(IpAddr, u16)>,
     /// The interface by which the packet enters the node
     #[arg(long, value_name = "NAME", conflicts_with = "packets")]
     pub from_interface: Option<String>,
@@ -232,10 +232,8 @@ fn node_status_addresses(pipeline: &Pipeline) -> Vec<IpAddr> {
 }
 
 fn for_each_packet(args: &ExplainArgs, mut visit: impl FnMut(&Packet) -> anyhow::Result<()>) -> anyhow::Result<()> {
-    if let (Some(protocol), Some(from), Some(to)) = (&args.protocol, &args.from, &args.to) {
-        let mut packet = Packet::from_words(protocol, from, to)?;
-        packet.from_interface.clone_from(&args.from_interface);
-        return visit(&packet);
+    if let (Some(protocol), Some(from), Some((to, port))) = (args.protocol, args.from, args.to) {
+        return visit(&Packet { from, to, port, protocol, from_interface: args.from_interface.clone() });
     }
     let Some(path) = &args.packets else { bail!("no packet is given; see `fairlead explain --help` for examples") };
     let lines: Box<dyn BufRead> = if path == Path::new("-") {

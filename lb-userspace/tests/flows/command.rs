@@ -138,7 +138,7 @@ fn what_can_not_be_answered_is_an_error_that_says_why() {
     for (arguments, input, code, words) in [
         (&["--packets", "-"][..], "{}", 1, "-, line 1: not a packet; write it like"),
         (&["--packets", "/nowhere/packets"], "", 1, "/nowhere/packets can't be read"),
-        (&["tcp", "10.0.0.1", "10.0.0.2"], "", 1, "`10.0.0.2` has no port"),
+        (&["tcp", "10.0.0.1", "10.0.0.2"], "", 2, "`10.0.0.2` has no port"),
         (&["tcp", "10.0.0.1"], "", 2, "required"),
         (&[], "", 2, "required"),
         (&["--config", "/nowhere/config", "tcp", "10.0.0.1", "10.0.0.2:80"], "", 1, "/nowhere/config can't be read"),

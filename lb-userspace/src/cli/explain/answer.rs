@@ -234,7 +234,8 @@ mod tests {
 
     #[test]
     fn a_person_is_told_what_happens_and_why() {
-        let packet = Packet::from_words("tcp", "10.0.0.2", "172.30.0.41:80").unwrap();
+        let line = r#"{"from":"10.0.0.2","to":"172.30.0.41","port":80,"protocol":"TCP"}"#;
+        let packet = Packet::from_json(line).unwrap();
         let answer = |verdict, endpoints: &[&str], why: Reason| Answer {
             verdict,
             endpoints: endpoints.iter().map(|text| (*text).to_owned()).collect(),

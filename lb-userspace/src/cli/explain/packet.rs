@@ -47,28 +47,31 @@ impl Packet {
             from: address("from", &from)?,
             to: address("to", &to)?,
             port,
-            protocol: parse_protocol(&protocol)?,
+            protocol: protocol_of(&protocol)?,
             from_interface,
         })
     }
+}
 
-    /// Reads the words of a command line.
-    ///
-    /// # Errors
-    ///
-    /// One of them is not what it should be.
-    pub fn from_words(protocol: &str, from: &str, to: &str) -> anyhow::Result<Self> {
-        let (from, _) = split(from);
-        let (to, port) = split(to);
-        let port = port.with_context(|| format!("`{to}` has no port; write it like 10.96.0.10:53 or [fd00::10]:53"))?;
-        Ok(Self {
-            from: address("FROM", from)?,
-            to: address("TO", to)?,
-            port: port.parse().with_context(|| format!("`{port}` is not a port; write a number up to 65535"))?,
-            protocol: parse_protocol(protocol)?,
-            from_interface: None,
-        })
-    }
+/// The source among the words of a command line; a port is of no importance.
+///
+/// # Errors
+///
+/// It is not an IP address.
+pub fn source(text: &str) -> anyhow::Result<IpAddr> {
+    address("from", split(text).0)
+}
+
+/// The destination among the words of a command line.
+///
+/// # Errors
+///
+/// It is not an IP address with a port.
+pub fn destination(text: &str) -> anyhow::Result<(IpAddr, u16)> {
+    let (to, port) = split(text);
+    let port = port.with_context(|| format!("`{to}` has no port; write it like 10.96.0.10:53 or [fd00::10]:53"))?;
+    let number = port.parse().with_context(|| format!("`{port}` is not a port; write a number up to 65535"))?;
+    Ok((address("to", to)?, number))
 }
 
 /// Address and port; an IPv6 address with a port stands in brackets.
@@ -86,7 +89,12 @@ fn address(field: &str, text: &str) -> anyhow::Result<IpAddr> {
     parse_ip(text).with_context(|| format!("{field}: `{text}` is not an IP address"))
 }
 
-fn parse_protocol(text: &str) -> anyhow::Result<Protocol> {
+/// A protocol by its name.
+///
+/// # Errors
+///
+/// Services have no such protocol.
+pub fn protocol_of(text: &str) -> anyhow::Result<Protocol> {
     let known = [Protocol::Tcp, Protocol::Udp, Protocol::Sctp];
     match known.into_iter().find(|protocol| protocol.to_string().eq_ignore_ascii_case(text)) {
         Some(protocol) => Ok(protocol),
@@ -110,11 +118,13 @@ mod tests {
             ("10.0.0.1", "10.96.0.10:dns", None),
             ("here", "10.96.0.10:53", None),
         ] {
-            let packet = Packet::from_words("udp", from, to).ok();
-            let found = packet.map(|packet| (packet.from.to_string(), packet.to.to_string(), packet.port));
+            let ends = source(from).and_then(|from| Ok((from, destination(to)?))).ok();
+            let found = ends.map(|(from, (to, port))| (from.to_string(), to.to_string(), port));
             assert_eq!(found, want.map(|(from, to)| (from.to_owned(), to.to_owned(), 53)), "{from} {to}");
         }
-        assert!(Packet::from_words("icmp", "10.0.0.1", "10.96.0.10:53").is_err());
+        for (text, want) in [("tcp", Some(Protocol::Tcp)), ("Udp", Some(Protocol::Udp)), ("icmp", None)] {
+            assert_eq!(protocol_of(text).ok(), want);
+        }
     }
 
     #[test]
