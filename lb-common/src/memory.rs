@@ -131,6 +131,10 @@ pub struct Machine {
     pub second: u32,
     /// Another CPU moves this entry: the next look for it misses it.
     pub moving: Option<FlowKey>,
+    /// No entry of a connection fits any more.
+    pub full: bool,
+    /// So many packets were refused in this second that the next ones are dropped.
+    pub refused_enough: bool,
 }
 
 /// Ports that a [`Machine`] masquerades with: the first, and how many.
@@ -200,8 +204,10 @@ impl State for Machine {
     }
 
     fn insert_flow(&mut self, key: &FlowKey, flow: &Flow) -> bool {
-        self.flows.insert(*key, (*flow, false));
-        true
+        if !self.full {
+            self.flows.insert(*key, (*flow, false));
+        }
+        !self.full
     }
 
     fn claim_flow(&mut self, key: &FlowKey, flow: &Flow) -> bool {
@@ -275,7 +281,7 @@ impl State for Machine {
     }
 
     fn may_refuse(&mut self) -> bool {
-        true
+        !self.refused_enough
     }
 
     fn service_counters(&mut self, service: u32) -> Option<&mut ServiceCounters> {

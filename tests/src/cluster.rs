@@ -38,7 +38,7 @@ impl Cluster {
         Self { agents, servers, lab }
     }
 
-    /// The usual one: a Service `web` of all pods, 10.96.0.10, NodePort 30080, LoadBalancer 10.99.1.10.
+    /// The usual one: a Service `web` of all pods, 10.96.0.10, NodePort 30010, LoadBalancer 10.99.1.10.
     pub fn web(topology: Topology, flags: &[&str]) -> Self {
         Self::new(topology, flags, |lab| {
             lab.manifests().write("web.json", web());
@@ -86,8 +86,9 @@ pub fn load_balancer(number: u16) -> [IpAddr; 2] {
 
 /// The ClusterIPs of a Service by number, with port 80.
 pub fn cluster_ips(number: u16) -> [SocketAddr; 2] {
+    let [high, low] = number.to_be_bytes();
     let v6 = Ipv6Addr::new(0xfd00, 0x10, 0x96, 0, 0, 0, 0, number);
-    [SocketAddr::from(([10, 96, 0, number.to_be_bytes()[1]], 80)), SocketAddr::from((v6, 80))]
+    [SocketAddr::from(([10, 96, high, low], 80)), SocketAddr::from((v6, 80))]
 }
 
 /// By what a Service is reached.

@@ -2,6 +2,7 @@
 //! its rules go with the node.
 
 use std::collections::BTreeSet;
+use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
@@ -46,10 +47,15 @@ impl KubeProxy {
 
     /// Starts it with a configuration file.
     pub fn start_with_config(lab: &Lab, node: &Node, config: &Path) -> Result<Self> {
+        Self::start_with(lab, node, &["--config".as_ref(), config.as_os_str()])
+    }
+
+    /// Starts it with a command line.
+    pub fn start_with(lab: &Lab, node: &Node, arguments: &[&OsStr]) -> Result<Self> {
         let log = File::create(lab.folder().join("log").join(format!("kube-proxy-{}.log", node.name)))?;
         let mut command = Command::new(parts::ensure(&parts::KUBE)?);
         node.netns.apply(&mut command)?;
-        command.arg("kube-proxy").arg("--config").arg(config);
+        command.arg("kube-proxy").args(arguments);
         command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log).process_group(0);
         Ok(Self { process: command.spawn().context("starting kube-proxy")? })
     }

@@ -146,6 +146,15 @@ fn get(lab: &Lab, path: &str) -> String {
     text
 }
 
+/// Ends the traffic when it goes.
+struct Ends<'a>(&'a AtomicBool);
+
+impl Drop for Ends<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 /// Does something while connections to the Service that doesn't change are made, and are open; returns what broke.
 fn beside_traffic(world: &mut World, work: impl FnOnce(&mut World)) -> Vec<String> {
     let client = world.lab.client(world.lab.pod(1, 3));
@@ -173,8 +182,10 @@ fn beside_traffic(world: &mut World, work: impl FnOnce(&mut World)) -> Vec<Strin
             assert!(round > 10, "only {round} rounds");
             broken
         });
+        // Also where `work` panics: the scope waits for the traffic.
+        let ends = Ends(&over);
         work(world);
-        over.store(true, Ordering::Relaxed);
+        drop(ends);
         traffic.join().unwrap()
     })
 }
@@ -191,6 +202,37 @@ fn tables_are_made_once_for_a_list_that_comes_in_parts() {
     let growths = get(&lab, "/metrics");
     let growths: Vec<&str> = growths.lines().filter(|line| line.starts_with("fairlead_table_growths_total")).collect();
     assert_eq!(growths, ["fairlead_table_growths_total 0"]);
+}
+
+#[test]
+fn no_connection_notices_that_tables_become_larger() {
+    let mut world = World::new();
+    let growths = |world: &World| -> u64 {
+        let text = get(&world.lab, "/metrics");
+        let value = text.lines().find_map(|line| line.strip_prefix("fairlead_table_growths_total "));
+        value.unwrap().parse().unwrap()
+    };
+    let before = growths(&world);
+    let broken = beside_traffic(&mut world, |world| {
+        let client = world.lab.client(world.lab.pod(1, 3)).with_timeout(Duration::from_millis(500));
+        let mut number = 1000;
+        while growths(world) < before + 2 {
+            assert!(number < 20_000, "{} growths", growths(world) - before);
+            for _ in 0..500 {
+                number += 1;
+                let service = Service::new(&format!("s{number}")).dual_stack(number);
+                world.server.put(service.port("tcp", "TCP", 80, TARGET).port("udp", "UDP", 80, TARGET));
+                world.server.put(slice(number, true, world.lab.pod(1, 2)));
+                world.server.put(slice(number, false, world.lab.pod(1, 2)));
+            }
+            for to in cluster_ips(number) {
+                client
+                    .ask_until(Protocol::Udp, to, 4 * SOON, |answer| answer.as_ref().is_ok_and(|by| by.by == "p1-2"))
+                    .unwrap_or_else(|error| panic!("{to}: {error}"));
+            }
+        }
+    });
+    assert_eq!(broken, Vec::<String>::new());
 }
 
 #[test]

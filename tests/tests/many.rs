@@ -2,7 +2,7 @@
 
 #![expect(clippy::unwrap_used, reason = "a helper of a test fails as the test does")]
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::thread;
 use std::time::Duration;
@@ -10,7 +10,7 @@ use std::time::Duration;
 use tests::bpf::PinnedMap;
 use tests::cluster::{Cluster, TARGET, cluster_ips};
 use tests::manifest::{PodObject, Service, SliceEndpoint, endpoint_slice};
-use tests::traffic::client::ask_datagram;
+use tests::traffic::client::{ask_datagram, ask_on};
 use tests::{Client, Protocol, Server, Topology};
 
 const SERVICES: u16 = 40;
@@ -26,8 +26,8 @@ fn frontends(number: u16) -> [SocketAddr; 2] {
 }
 
 /// Forty Services, each with an endpoint port of its own on pod 1 of node 2; and one more name for the first endpoint.
-fn cluster() -> (Cluster, Vec<Server>) {
-    let cluster = Cluster::new(Topology::default(), &[], |lab| {
+fn cluster(flags: &[&str]) -> (Cluster, Vec<Server>) {
+    let cluster = Cluster::new(Topology::default(), flags, |lab| {
         let pod = lab.pod(2, 1);
         let one = |number: u16, target: u16| {
             Service::new(&format!("s{number}"))
@@ -58,7 +58,7 @@ fn askers(cluster: &Cluster) -> [(&'static str, Client, u16); 2] {
 
 #[test]
 fn one_udp_socket_talks_to_forty_services_at_once() {
-    let (cluster, _servers) = cluster();
+    let (cluster, _servers) = cluster(&[]);
     for (who, client, services) in askers(&cluster) {
         for family in [0, 1] {
             let socket = client.udp(frontends(0)[family]).unwrap();
@@ -87,7 +87,7 @@ fn one_udp_socket_talks_to_forty_services_at_once() {
 
 #[test]
 fn one_udp_socket_of_a_pod_reaches_one_endpoint_by_two_names() {
-    let (cluster, _servers) = cluster();
+    let (cluster, _servers) = cluster(&[]);
     let client = cluster.lab.client(cluster.lab.pod(1, 1));
     for family in [0, 1] {
         let (one, two) = (frontends(0)[family], frontends(SERVICES)[family]);
@@ -117,7 +117,7 @@ fn ask_every_service(socket: &UdpSocket, family: usize) -> Vec<String> {
 
 #[test]
 fn an_entry_that_is_evicted_costs_no_other_connection_and_comes_back() {
-    let (cluster, _servers) = cluster();
+    let (cluster, _servers) = cluster(&[]);
     let lab = &cluster.lab;
     let flows = PinnedMap::open(&lab.bpffs(lab.node(1)).join("v1/flows/FLOWS")).unwrap();
     let client = lab.client(lab.pod(1, 1)).with_timeout(Duration::from_millis(100));
@@ -145,8 +145,52 @@ fn an_entry_that_is_evicted_costs_no_other_connection_and_comes_back() {
 }
 
 #[test]
+fn a_flood_that_nobody_answers_takes_no_connections_place_that_was_answered() {
+    // Room for 2,048 entries of connections that were answered, and for 512 of others.
+    let (cluster, _servers) = cluster(&["--flows", "1024"]);
+    let lab = &cluster.lab;
+    let silent = Service::new("silent").selector("app", "many").dual_stack(600).port("udp", "UDP", 80, 9);
+    lab.manifests().write("silent.json", silent);
+    let maps = lab.bpffs(lab.node(1)).join("v1/flows");
+    let [flows, new_flows] = ["FLOWS", "NEW_FLOWS"].map(|name| PinnedMap::open(&maps.join(name)).unwrap());
+    let client = lab.client(lab.pod(1, 1));
+    let sockets = [0, 1].map(|family| client.udp(frontends(0)[family]).unwrap());
+    let ask_all = || -> Vec<String> {
+        sockets.iter().enumerate().flat_map(|(family, socket)| ask_every_service(socket, family)).collect()
+    };
+    assert_eq!(ask_all(), Vec::<String>::new());
+    let mut streams: Vec<_> = (0..SERVICES).flat_map(frontends).map(|to| (to, client.connect(to).unwrap())).collect();
+    for (to, stream) in &mut streams {
+        assert!(ask_on(stream).is_ok(), "{to}");
+    }
+    let answered: BTreeSet<_> = flows.keys().unwrap().into_iter().collect();
+    assert_eq!(answered.len(), 8 * usize::from(SERVICES), "two entries of each");
+
+    let evicted = || {
+        let status = cluster.agents[0].cli_json(&["status"]);
+        let map = status["maps"].as_array().unwrap().iter().find(|map| map["name"] == "NEW_FLOWS").unwrap();
+        map["evicted"].as_u64().unwrap()
+    };
+    let before = evicted();
+    for to in cluster_ips(600) {
+        for _ in 0..3000 {
+            // Refused at most: nobody listens.
+            let _ = client.udp(to).unwrap().send_to(b"?", to);
+        }
+    }
+    assert!(evicted() > before + 2000, "{before}, then {}", evicted());
+    assert!(new_flows.keys().unwrap().len() <= 512);
+    let left: BTreeSet<_> = flows.keys().unwrap().into_iter().collect();
+    assert_eq!(answered.difference(&left).count(), 0);
+    assert_eq!(ask_all(), Vec::<String>::new());
+    for (to, stream) in &mut streams {
+        assert!(ask_on(stream).is_ok(), "{to}");
+    }
+}
+
+#[test]
 fn a_service_that_goes_takes_no_other_with_it() {
-    let (cluster, _servers) = cluster();
+    let (cluster, _servers) = cluster(&[]);
     let lab = &cluster.lab;
     let client = lab.client(lab.pod(1, 1));
     let sockets = [client.udp(frontends(0)[0]).unwrap(), client.udp(frontends(0)[1]).unwrap()];

@@ -3,6 +3,7 @@
 
 mod affinity;
 mod count;
+mod drops;
 mod frames;
 mod masquerade;
 mod moving;

@@ -7,7 +7,7 @@ use etherparse::{NetSlice, PacketBuilder, SlicedPacket, TransportSlice};
 use crate::{flow::tcp_flags, packet::Packet as _};
 
 /// What is sent.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 pub(super) enum Segment {
     Tcp(u8),
     Udp,
