@@ -1,13 +1,15 @@
 //! The agent on a real API server, with Kubernetes' own controllers: what they make of Pods and Services is what connections do,
 //! whatever happens to the API server in between.
 
+use std::collections::BTreeSet;
 use std::net::SocketAddr;
+use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
-use tests::cluster::{By, TARGET, addressed, refused, web};
+use tests::cluster::{By, TARGET, addressed, load_balancer, own_addresses, refused, web};
 use tests::control_plane::Api;
 use tests::manifest::{PodObject, Service, SliceEndpoint, endpoint_slice};
 use tests::traffic::client::ask_on;
@@ -273,6 +275,180 @@ fn both_sources_of_endpoints_give_the_same_picture() {
     }
     let text = slices[0].to_string();
     assert!(text.contains("by-hand") && text.contains("kubernetes") && !text.contains("another-proxys"), "{text}");
+}
+
+/// A Service that says something by every field that its type may have.
+fn everything() -> Service {
+    Service::new("everything")
+        .selector("app", "web")
+        .dual_stack(77)
+        .node_port("tcp", "TCP", 80, TARGET, 30_077)
+        .node_port("udp", "UDP", 80, TARGET, 30_077)
+        .load_balancer(&load_balancer(77))
+        .spec("ipFamilyPolicy", "RequireDualStack")
+        .spec("externalIPs", json!(["10.99.7.7", "fd00:99:7::7"]))
+        .spec("loadBalancerIP", "10.99.1.77")
+        .spec("loadBalancerClass", "example.org/fast")
+        .spec("loadBalancerSourceRanges", json!(["10.99.0.0/24", "fd00:99::/64"]))
+        .spec("allocateLoadBalancerNodePorts", true)
+        .spec("externalTrafficPolicy", "Local")
+        .spec("healthCheckNodePort", 30_777)
+        .spec("internalTrafficPolicy", "Cluster")
+        .spec("publishNotReadyAddresses", true)
+        .spec("sessionAffinity", "ClientIP")
+        .spec("sessionAffinityConfig", json!({"clientIP": {"timeoutSeconds": 600}}))
+        .spec("trafficDistribution", "PreferSameZone")
+}
+
+#[test]
+fn a_service_with_every_field_set_means_what_they_say() {
+    let mut world = World::new(2);
+    let lab = &world.lab;
+    world.api.put(everything());
+    let path = format!("{SERVICES}/everything");
+    // What says that it is no virtual address, and what is a name, have no frontends.
+    let ingress = json!([
+        {"ip": "10.99.1.77", "ipMode": "VIP", "ports": [{"port": 80, "protocol": "TCP"}]},
+        {"ip": "fd00:99:1::4d", "ipMode": "VIP"},
+        {"ip": "10.99.1.78", "ipMode": "Proxy"},
+        {"hostname": "lb.example.org"},
+    ]);
+    world.api.patch(&format!("{path}/status"), &json!({"status": {"loadBalancer": {"ingress": ingress}}}));
+    let not_ready = json!({"status": {"conditions": [{"type": "Ready", "status": "False"}]}});
+    world.api.patch(&format!("{PODS}/p1-2/status"), &not_ready);
+
+    let schemas = world.api.get("/openapi/v3/api/v1").unwrap();
+    let fields = &schemas["components"]["schemas"]["io.k8s.api.core.v1.ServiceSpec"]["properties"];
+    let stored = world.api.get(&path).unwrap();
+    let unset: Vec<&String> =
+        fields.as_object().unwrap().keys().filter(|field| stored["spec"].get(field.as_str()).is_none()).collect();
+    assert_eq!(unset, ["externalName"], "every field that a Service with frontends has is set");
+
+    let kubeconfig = world.plane.kubeconfig("proxy");
+    let flags = ["--cluster-cidr", "10.244.0.0/16,fd00:10:244::/48"];
+    for node in &lab.nodes {
+        world.agents.push(Agent::start_on_api_server(lab, node, &kubeconfig, &flags));
+    }
+    // The controller writes hints once it has seen the nodes' zones.
+    world.api.until("/apis/discovery.k8s.io/v1/namespaces/default/endpointslices", |list| {
+        let ours = |slice: &&Value| slice["metadata"]["labels"]["kubernetes.io/service-name"] == "everything";
+        let slices = list["items"].as_array().into_iter().flatten().filter(ours);
+        let endpoints = slices.flat_map(|slice| slice["endpoints"].as_array().into_iter().flatten());
+        endpoints.filter(|endpoint| endpoint["hints"]["forZones"].is_array()).count() == 8
+    });
+    let own = |family: usize| -> Vec<String> {
+        [1, 2].map(|pod| SocketAddr::new(own_addresses(lab, &format!("p1-{pod}"))[family], TARGET).to_string()).into()
+    };
+    let explained = |from: &str, to: &str| {
+        ["tcp", "udp"].map(|protocol| world.agents[0].cli_json(&["explain", protocol, from, to]))
+    };
+    for (from, to, verdict, family) in [
+        ("10.99.0.200", "10.99.1.77:80", "dnat", Some(0)),
+        ("fd00:99::200", "[fd00:99:1::4d]:80", "dnat", Some(1)),
+        ("10.99.0.200", "10.99.0.11:30077", "dnat", Some(0)),
+        ("fd00:99::200", "[fd00:99::11]:30077", "dnat", Some(1)),
+        ("10.99.0.200", "10.99.7.7:80", "dnat", Some(0)),
+        ("10.244.1.11", "10.99.7.7:80", "dnat", Some(0)),
+        ("fd00:10:244:1::11", "[fd00:99:7::7]:80", "dnat", Some(1)),
+        ("10.244.1.11", "10.96.0.77:80", "dnat", Some(0)),
+        ("fd00:10:244:1::11", "[fd00:10:96::4d]:80", "dnat", Some(1)),
+        // Not within the source ranges.
+        ("10.1.2.3", "10.99.1.77:80", "drop", None),
+        ("10.244.1.11", "10.99.1.77:80", "drop", None),
+        ("fd00:10:244:1::11", "[fd00:99:1::4d]:80", "drop", None),
+        ("10.99.0.200", "10.99.1.78:80", "pass", None),
+        ("10.244.1.11", "10.96.0.77:81", "reject", None),
+    ] {
+        let endpoints = json!(family.map(&own).unwrap_or_default());
+        let is_right = |answer: &Value| {
+            answer["verdict"] == verdict && answer["endpoints"] == endpoints && answer["masquerade"] == false
+        };
+        // The agent may hear of hints after others do.
+        let start = Instant::now();
+        while let Some(wrong) = explained(from, to).iter().find(|answer| !is_right(answer)) {
+            assert!(start.elapsed() < SOON, "{from} to {to}: {wrong}, not {verdict} {endpoints}");
+            thread::sleep(Duration::from_millis(50));
+        }
+    }
+
+    let (outside, pod) = (lab.outside_client(), lab.client(lab.pod(1, 1)));
+    for (client, by) in [(&outside, By::LoadBalancer), (&outside, By::NodePort(1)), (&pod, By::ClusterIp)] {
+        for to in by.addresses(77) {
+            for protocol in [Protocol::Tcp, Protocol::Udp] {
+                let answers = client.ask_times(protocol, to, 20).unwrap_or_else(|error| panic!("{to}: {error}"));
+                let names: BTreeSet<&str> = answers.iter().map(|answer| answer.by.as_str()).collect();
+                assert_eq!(names.len(), 1, "{protocol:?} {to}: a client stays with its endpoint: {names:?}");
+                assert!(names.iter().all(|name| name.starts_with("p1-")), "{protocol:?} {to}: {names:?}");
+            }
+        }
+    }
+    let stranger = pod.with_timeout(Duration::from_millis(300));
+    for to in By::LoadBalancer.addresses(77) {
+        let error = stranger.ask(Protocol::Tcp, to).unwrap_err();
+        assert!(!refused(&Err(error)), "{to}: what is outside the source ranges is dropped");
+    }
+    for node in &lab.nodes {
+        let client = lab.outside_client();
+        let answer = http::ask(&client, (node.v4(), 30_777).into(), "GET /", &[]).unwrap();
+        assert_eq!(answer.code, 200);
+        let body: Value = serde_json::from_str(&answer.body).unwrap();
+        assert_eq!((&body["localEndpoints"], &body["service"]["name"]), (&json!(2), &json!("everything")), "{body}");
+    }
+    assert_eq!(world.agents[0].cli_json(&["status"])["problems"], json!([]));
+}
+
+#[test]
+fn conntracks_settings_are_written_and_one_that_cannot_be_is_an_event() {
+    let world = World::new(1);
+    let node = world.lab.node(1);
+    // The size of the table can't be written in a network namespace that is not the machine's first; a million is the most that is asked
+    // for.
+    let size: u64 = node.netns.sysctl("net/netfilter/nf_conntrack_max").unwrap().trim().parse().unwrap();
+    let is_written = size < 1 << 20;
+    let flags = [
+        "--conntrack-max-per-core=100000000",
+        "--conntrack-tcp-timeout-established=1h1m",
+        "--conntrack-tcp-timeout-close-wait=2m",
+        "--conntrack-tcp-be-liberal",
+        "--conntrack-udp-timeout=44s",
+        "--conntrack-udp-timeout-stream=222s",
+    ];
+    let settings =
+        ["tcp_timeout_established", "tcp_timeout_close_wait", "tcp_be_liberal", "udp_timeout", "udp_timeout_stream"]
+            .map(|name| format!("net/netfilter/nf_conntrack_{name}"));
+    let set = || settings.each_ref().map(|name| node.netns.sysctl(name).unwrap().trim().to_owned());
+    let wanted = ["3660", "120", "1", "44", "222"];
+    let before = set();
+    assert!(before.iter().zip(wanted).all(|(before, wanted)| before != wanted), "{before:?}");
+
+    let kubeconfig = world.plane.kubeconfig("proxy");
+    let agent = Agent::new(&world.lab, node, world.lab.manifests().path(), &[]).unwrap();
+    let mut command = Command::new(agent.binary());
+    command.args(["run", "--init-only", "--hostname-override", &node.name, "--kubeconfig"]).arg(&kubeconfig);
+    command.arg("--bpffs").arg(agent.bpffs()).args(flags);
+    node.netns.apply(&mut command).unwrap();
+    let output = command.output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+    assert_eq!(set(), wanted);
+    let said = String::from_utf8_lossy(&output.stderr).into_owned() + &String::from_utf8_lossy(&output.stdout);
+    assert_eq!(said.contains("conntrack.maxPerCore: cannot write"), is_written, "{size}: {said}");
+
+    let reset: Vec<(&str, &str)> = settings.iter().map(String::as_str).zip(before.iter().map(String::as_str)).collect();
+    node.netns.set_sysctls(&reset).unwrap();
+    let agent = Agent::start_on_api_server(&world.lab, node, &kubeconfig, &flags);
+    assert_eq!(set(), wanted);
+    if is_written {
+        let list = world.api.until("/apis/events.k8s.io/v1/namespaces/default/events", |list| {
+            list.to_string().contains("FailedToSetConntrack")
+        });
+        let events = list["items"].as_array().unwrap();
+        let event = events.iter().find(|event| event["reason"] == "FailedToSetConntrack").unwrap();
+        assert_eq!((&event["type"], &event["regarding"]["kind"]), (&json!("Warning"), &json!("Node")), "{event}");
+        let note = event["note"].as_str().unwrap();
+        assert!(note.contains("conntrack.maxPerCore: cannot write") && note.contains("set the field to 0"), "{note}");
+    }
+    world.expect_answers(By::LoadBalancer, &["p1-1", "p1-2"], SOON);
+    drop(agent);
 }
 
 #[test]

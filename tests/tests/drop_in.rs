@@ -4,6 +4,7 @@
 #![expect(clippy::unwrap_used, reason = "a helper of a test fails as the test does")]
 
 use std::collections::BTreeMap;
+use std::ffi::OsStr;
 use std::fs;
 use std::net::SocketAddr;
 use std::path::Path;
@@ -19,10 +20,17 @@ use tests::{Agent, Client, ControlPlane, KubeProxy, Lab, Topology};
 const METRICS: u16 = 10249;
 const HEALTH: u16 = 10256;
 
+/// Where kubeadm's and kind's ConfigMaps have it.
+const KUBECONFIG: &str = "/var/lib/kube-proxy/kubeconfig.conf";
+
 /// The questions and answers of `lb-userspace/tests/config`.
 fn record(name: &str) -> Value {
+    serde_json::from_str(&recorded(name)).unwrap()
+}
+
+fn recorded(name: &str) -> String {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../lb-userspace/tests/data/config");
-    serde_json::from_str(&fs::read_to_string(folder.join(name)).unwrap()).unwrap()
+    fs::read_to_string(folder.join(name)).unwrap()
 }
 
 #[test]
@@ -71,7 +79,10 @@ fn configurations() -> Vec<Value> {
     ]
 }
 
-/// Both with one file, in network namespaces of their own, as the node of one name.
+/// Asks both for a page: the port, method and path, headers.
+type Ask<'a> = dyn Fn(u16, &str, &[&str]) -> [Answer; 2] + 'a;
+
+/// Both with one configuration, in network namespaces of their own, as the node of one name.
 struct Both {
     lab: Lab,
     plane: ControlPlane,
@@ -84,12 +95,12 @@ impl Both {
         Self { lab, plane }
     }
 
-    fn run<T>(&self, sections: &Value, work: impl FnOnce(&dyn Fn(u16, &str, &[&str]) -> [Answer; 2]) -> T) -> T {
-        let (ours, theirs) = (self.lab.node(1), self.lab.node(2));
+    /// With a file that has these sections.
+    fn run<T>(&self, sections: &Value, work: impl FnOnce(&Ask<'_>) -> T) -> T {
         let mut all = json!({
             "apiVersion": "kubeproxy.config.k8s.io/v1alpha1",
             "kind": "KubeProxyConfiguration",
-            "hostnameOverride": ours.name,
+            "hostnameOverride": self.lab.node(1).name,
             "conntrack": {"maxPerCore": 0},
             "clientConnection": {"kubeconfig": self.plane.kubeconfig("proxy")},
         });
@@ -99,10 +110,36 @@ impl Both {
                 _ => all[name] = section.clone(),
             }
         }
-        let file = self.lab.folder().join("configuration.json");
-        fs::write(&file, all.to_string()).unwrap();
+        self.run_file(&all.to_string(), work)
+    }
+
+    /// With this file.
+    fn run_file<T>(&self, text: &str, work: impl FnOnce(&Ask<'_>) -> T) -> T {
+        let (ours, theirs) = (self.lab.node(1), self.lab.node(2));
+        let file = self.lab.folder().join("configuration");
+        fs::write(&file, text).unwrap();
         let agent = Agent::spawn_with_config(&self.lab, ours, &file).unwrap();
-        let _proxy = KubeProxy::start_with_config(&self.lab, theirs, &file).unwrap();
+        let name = OsStr::new(&ours.name);
+        let flags = ["--config".as_ref(), file.as_os_str(), "--hostname-override".as_ref(), name];
+        let _proxy = KubeProxy::start_with(&self.lab, theirs, &flags).unwrap();
+        self.asked(&agent, text, work)
+    }
+
+    /// With this command line.
+    fn run_flags<T>(&self, flags: &[&str], work: impl FnOnce(&Ask<'_>) -> T) -> T {
+        let (ours, theirs) = (self.lab.node(1), self.lab.node(2));
+        let (kubeconfig, what) = (self.plane.kubeconfig("proxy"), flags.join(" "));
+        let flags = [flags, &["--conntrack-max-per-core=0"]].concat();
+        let agent = Agent::spawn_on_api_server(&self.lab, ours, &kubeconfig, &flags).unwrap();
+        let (kubeconfig, name) = (kubeconfig.display().to_string(), &*ours.name);
+        let flags = [&["--kubeconfig", &kubeconfig, "--hostname-override", name], &*flags].concat();
+        let flags: Vec<&OsStr> = flags.into_iter().map(OsStr::new).collect();
+        let _proxy = KubeProxy::start_with(&self.lab, theirs, &flags).unwrap();
+        self.asked(&agent, &what, work)
+    }
+
+    fn asked<T>(&self, agent: &Agent, what: &str, work: impl FnOnce(&Ask<'_>) -> T) -> T {
+        let (ours, theirs) = (self.lab.node(1), self.lab.node(2));
         let start = Instant::now();
         let answers = |port: u16, request: &str, headers: &[&str]| {
             [ours, theirs].map(|node| {
@@ -111,7 +148,7 @@ impl Both {
                     match ask(&client, to, request, headers) {
                         Ok(answer) => break answer,
                         Err(error) if start.elapsed() > Duration::from_secs(30) => {
-                            panic!("{}: {request}: {error:#}\n{}", node.name, agent.log_since_start())
+                            panic!("{what}: {}: {request}: {error:#}\n{}", node.name, agent.log_since_start())
                         }
                         Err(_) => thread::sleep(Duration::from_millis(50)),
                     }
@@ -137,18 +174,59 @@ fn differences(path: &str, ours: &Value, theirs: &Value, wrong: &mut Vec<String>
     }
 }
 
+/// Where the configurations that both show differ.
+fn shown_differences(what: &str, answers: &Ask<'_>) -> Vec<String> {
+    let shown = answers(METRICS, "GET /configz", &[]);
+    let [ours, theirs]: [Value; 2] = shown.map(|answer| serde_json::from_str(&answer.body).unwrap());
+    let mut wrong = Vec::new();
+    differences("", &ours, &theirs, &mut wrong);
+    wrong.into_iter().map(|wrong| format!("{what}: {wrong}")).collect()
+}
+
 #[test]
 fn the_configuration_in_force_is_shown_as_kube_proxy_shows_it() {
     let both = Both::new();
+    let mut wrong = Vec::new();
     for sections in configurations() {
-        both.run(&sections, |answers| {
-            let shown = answers(METRICS, "GET /configz", &[]);
-            let [ours, theirs]: [Value; 2] = shown.map(|answer| serde_json::from_str(&answer.body).unwrap());
-            let mut wrong = Vec::new();
-            differences("", &ours, &theirs, &mut wrong);
-            assert!(wrong.is_empty(), "{sections}:\n{}", wrong.join("\n"));
-        });
+        wrong.extend(both.run(&sections, |answers| shown_differences(&sections.to_string(), answers)));
     }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[test]
+fn the_configuration_of_command_lines_and_of_cluster_makers_is_shown_as_kube_proxy_shows_it() {
+    let both = Both::new();
+    let kubeconfig = both.plane.kubeconfig("proxy").display().to_string();
+    let (cases, answers) = (record("cases.json"), record("answers.json"));
+    let (mut asked, mut wrong) = (0, Vec::new());
+    for (case, answer) in cases.as_array().unwrap().iter().zip(answers.as_array().unwrap()) {
+        let flags: Vec<&str> = case["args"].as_array().unwrap().iter().map(|text| text.as_str().unwrap()).collect();
+        let Some(answer) = answer.as_str().filter(|_| case.get("difference").is_none()) else { continue };
+        // What is on the list of differences, is a file, names its own node and API server, has the page elsewhere or not at all, or
+        // needs IPVS of the kernel, is compared as it is written only.
+        let is_reachable = ["127.0.0.1", "0.0.0.0"]
+            .iter()
+            .any(|address| answer.contains(&format!("metricsBindAddress: {address}:10249\n")));
+        let names_its_own =
+            |flag: &&str| ["--kubeconfig", "--hostname-override", "--metrics-"].iter().any(|own| flag.starts_with(own));
+        if !is_reachable
+            || answer.contains("mode: ipvs\n")
+            || case["file"].is_string()
+            || flags.iter().any(names_its_own)
+        {
+            continue;
+        }
+        wrong.extend(both.run_flags(&flags, |answers| shown_differences(&format!("{flags:?}"), answers)));
+        asked += 1;
+    }
+    assert!(asked > 25, "{asked}");
+    // As they are, but for where the kubeconfig is, and what no network namespace but the first may write.
+    for name in ["kubeadm.conf", "kind.conf"] {
+        let file = recorded(name).replace(KUBECONFIG, &kubeconfig).replace("maxPerCore: null", "maxPerCore: 0");
+        assert!(file.contains(&kubeconfig) && file.contains("maxPerCore: 0"), "{file}");
+        wrong.extend(both.run_file(&file, |answers| shown_differences(name, answers)));
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
 #[test]

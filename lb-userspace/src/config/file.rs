@@ -103,7 +103,7 @@ pub struct Iptables {
     pub masquerade_bit: Option<i32>,
     /// Rewrite the source of everything that goes to a ClusterIP.
     pub masquerade_all: bool,
-    /// Whether NodePorts answer at 127.0.0.1; absent: they do.
+    /// Whether NodePorts answer on localhost over IPv4; absent: they do.
     pub localhost_node_ports: Option<bool>,
     /// How often things are checked, and half of the time after which they count as stuck.
     pub sync_period: GoDuration,

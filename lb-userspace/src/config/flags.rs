@@ -92,7 +92,7 @@ pub struct Flags {
     /// Rewrite the source of everything that goes to a ClusterIP
     #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true", value_parser = boolean)]
     pub masquerade_all: Option<bool>,
-    /// Whether NodePorts answer at 127.0.0.1 in mode iptables [true]
+    /// Whether NodePorts answer on localhost over IPv4 in mode iptables [true]
     #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true", value_parser = boolean)]
     pub iptables_localhost_nodeports: Option<bool>,
     /// Has no effect: packets are not marked [14]
