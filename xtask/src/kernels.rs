@@ -16,14 +16,16 @@ use anyhow::{Context, Result, bail};
 
 use self::archive::Archive;
 use self::report::Report;
+use crate::check::budget;
 use crate::setup;
 use crate::workspace;
 
 /// The kernels that there is a package for, by what `--kernel` calls them.
 pub const KNOWN: [&str; 2] = ["6.1", "6.12"];
 
-/// Boots one kernel and prints its table; an error if something in it isn't as it should be.
-pub fn check(version: &str) -> Result<String> {
+/// Boots one kernel and prints its table; an error if something in it isn't as it should be. `write_budgets`: what its verifier has to do
+/// becomes the budget of its series.
+pub fn check(version: &str, write_budgets: bool) -> Result<String> {
     if std::env::consts::ARCH != "x86_64" {
         bail!("kernels are booted on x86_64 machines only");
     }
@@ -39,7 +41,12 @@ pub fn check(version: &str) -> Result<String> {
     fs::remove_file(&archive).with_context(|| format!("removing {}", archive.display()))?;
     let report: Report = outcome?;
     report.print();
-    report.verdict()
+    let verdict = report.verdict()?;
+    if write_budgets {
+        budget::keep(&report.kernel, report.counts())?;
+        return Ok(verdict);
+    }
+    Ok(format!("{verdict}; {}", budget::judge(&report.kernel, &report.counts())?))
 }
 
 /// What the virtual machine finds when it starts: this program as its first process, the agent, `ip`, modules.

@@ -15,7 +15,7 @@ use crate::workspace;
 const TOLERANCE: u64 = 10;
 
 /// Numbers by program.
-type Counts = BTreeMap<String, u64>;
+pub type Counts = BTreeMap<String, u64>;
 
 /// What `fairlead preflight` says.
 struct Measured {
@@ -27,8 +27,7 @@ struct Measured {
 /// Prints what every program costs; fails where one exceeds its budget on this kernel.
 pub fn check() -> Result<String> {
     let measured = measure()?;
-    let mut budgets = read()?;
-    let budget = budgets.remove(series(&measured.release));
+    let budget = read()?.remove(series(&measured.release));
     println!("\n  {:<24} {:>21} {:>10} {:>8}", "program", "instructions verified", "budget", "load");
     for (name, verified, milliseconds) in &measured.programs {
         let allowed = budget.as_ref().and_then(|budget| budget.get(name));
@@ -37,28 +36,37 @@ pub fn check() -> Result<String> {
     }
     println!();
     let total: u64 = measured.programs.iter().map(|(.., milliseconds)| milliseconds).sum();
-    let release = &measured.release;
-    let Some(budget) = budget else {
-        return Ok(format!(" ({total} ms in all; no budget for Linux {release})"));
+    Ok(format!(" ({total} ms in all; {})", judge(&measured.release, &measured.counts())?))
+}
+
+/// Holds counts against the budget of their kernel's series, and says what came of it.
+pub fn judge(release: &str, counts: &Counts) -> Result<String> {
+    let Some(budget) = read()?.remove(series(release)) else {
+        return Ok(format!("no budget for Linux {release}"));
     };
-    let wrong = compare(&budget, &measured.counts());
+    let wrong = compare(&budget, counts);
     ensure!(
         wrong.is_empty(),
-        "{}; if that is meant: `cargo xtask check --write-budgets`, and commit xtask/budgets.json",
+        "{}; if that is meant: the same command with --write-budgets, and commit xtask/budgets.json",
         wrong.join("; ")
     );
-    Ok(format!(" ({total} ms in all; none exceeds its budget for Linux {release} by more than {TOLERANCE} %)"))
+    Ok(format!("none exceeds its budget for Linux {release} by more than {TOLERANCE} %"))
 }
 
 /// Makes today's counts the budget of this kernel; those of others stay.
 pub fn write() -> Result<String> {
     let measured = measure()?;
+    keep(&measured.release, measured.counts())?;
+    Ok(format!(" ({} programs on Linux {})", measured.programs.len(), measured.release))
+}
+
+/// Makes counts the budget of their kernel's series; those of others stay.
+pub fn keep(release: &str, counts: Counts) -> Result<()> {
     let mut budgets = read()?;
-    budgets.insert(series(&measured.release).to_owned(), measured.counts());
+    budgets.insert(series(release).to_owned(), counts);
     let path = path();
     let text = serde_json::to_string_pretty(&serde_json::json!(budgets))? + "\n";
-    fs::write(&path, text).with_context(|| format!("writing {}", path.display()))?;
-    Ok(format!(" ({} programs on Linux {})", measured.programs.len(), measured.release))
+    fs::write(&path, text).with_context(|| format!("writing {}", path.display()))
 }
 
 /// The first two numbers of a kernel's release: the verifier of a series stays as it is but for what is mended in it.

@@ -5,6 +5,8 @@ use std::collections::BTreeSet;
 use anyhow::{Result, bail};
 use serde_json::{Value, json};
 
+use crate::check::budget::Counts;
+
 /// A guest's findings.
 #[derive(Debug, Default)]
 pub struct Report {
@@ -151,6 +153,11 @@ impl Report {
             println!("\n  It ended with: {error}");
         }
         println!();
+    }
+
+    /// What the verifier had to do for each program.
+    pub fn counts(&self) -> Counts {
+        self.programs.iter().map(|program| (program.name.clone(), program.verified)).collect()
     }
 
     /// What `cargo xtask check` says of it in a line.
