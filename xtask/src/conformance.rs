@@ -3,6 +3,7 @@
 
 mod daemonset;
 mod report;
+mod rollout;
 mod specs;
 
 use std::any::Any;
@@ -178,9 +179,15 @@ fn run_specs(options: &Options, proxy: Proxy, mode: Mode, binary: Option<&Path>)
         daemonset::wait_ready(&plane, daemon_set)?;
     }
     println!("  {} of {} Ready after {:.0} s", kubelets.len(), lab.nodes.len(), start.elapsed().as_secs_f32());
-    let specs = specs::run(&plane, &focus(options), options.nodes(), &logs);
+    let mut specs = specs::run(&plane, &focus(options), options.nodes(), &logs);
     // Whatever became of them, how it looked from the proxies is kept.
     keep_logs(&lab.folder().join("log"), &logs)?;
+    // kubeadm's has no volume in which the data plane outlives its container.
+    if let Some((DaemonSet::Own, _)) = daemon_set
+        && let Ok(specs) = &mut specs
+    {
+        specs.push(rollout::run(&lab, &plane, DaemonSet::Own));
+    }
     drop(running);
     drop(kubelets);
     specs

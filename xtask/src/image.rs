@@ -45,12 +45,17 @@ pub fn run(_: &Options) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// The static binary, in a folder of its own.
+/// The static binary, in a folder of its own: the release build, or the one that `FAIRLEAD_BIN` names.
 pub fn build() -> Result<PathBuf> {
-    let mut build = workspace::cargo(&["build", "--release", "--package", "lb-userspace", "--target", TARGET]);
-    build.env("RUSTFLAGS", "-C target-feature=+crt-static");
-    process::run("building the static agent (release)", &mut build)?;
-    let built = workspace::target().join(TARGET).join("release/fairlead");
+    let built = match std::env::var_os("FAIRLEAD_BIN") {
+        Some(path) => path.into(),
+        None => {
+            let mut build = workspace::cargo(&["build", "--release", "--package", "lb-userspace", "--target", TARGET]);
+            build.env("RUSTFLAGS", "-C target-feature=+crt-static");
+            process::run("building the static agent (release)", &mut build)?;
+            workspace::target().join(TARGET).join("release/fairlead")
+        }
+    };
     let bytes = fs::read(&built).with_context(|| format!("reading {}", built.display()))?;
     ensure!(!needs_a_loader(&bytes)?, "{} is not static: it names a dynamic loader", built.display());
 

@@ -29,7 +29,8 @@ pub enum DaemonSet {
 }
 
 impl DaemonSet {
-    fn name(self) -> &'static str {
+    /// The name of the object.
+    pub fn name(self) -> &'static str {
         match self {
             Self::Kubeadm => "kube-proxy",
             Self::Own => "fairlead",

@@ -58,7 +58,9 @@ impl Report {
             let beside = self.runs.get(index + 1).filter(|next| !next.ours);
             run.specs.iter().all(|spec| match (spec.outcome, beside) {
                 (Outcome::Passed, _) => true,
-                (Outcome::Failed | Outcome::Skipped, Some(other)) => other.outcome(&spec.name) != Some(Outcome::Passed),
+                (Outcome::Failed | Outcome::Skipped, Some(other)) => {
+                    other.outcome(&spec.name).is_some_and(|outcome| outcome != Outcome::Passed)
+                }
                 (Outcome::Skipped, None) => may_skip,
                 (Outcome::Failed, None) => false,
             })
