@@ -16,10 +16,14 @@ use tests::{Client, Protocol, Topology};
 const TIMEOUT: Duration = Duration::from_millis(300);
 const SOON: Duration = Duration::from_secs(3);
 
-/// The ClusterIPs of `web` as each kind of socket says them.
-fn ways() -> [SocketAddr; 3] {
-    let [v4, v6] = By::ClusterIp.addresses(10);
-    [v4, v6, mapped(v4)]
+/// What has NodePorts answer on localhost, too.
+const LOCALHOST: [&str; 2] = ["--proxy-mode", "iptables"];
+
+/// The addresses of `web` on node 1, and one of them as a socket of both families says it.
+fn ways(flags: &[&str]) -> Vec<SocketAddr> {
+    let own = [By::ClusterIp, By::LoadBalancer, By::NodePort(1)].map(|by| by.addresses(10));
+    let localhost = (flags == LOCALHOST).then(|| SocketAddr::from(([127, 0, 0, 1], own[2][0].port())));
+    own.into_iter().flatten().chain([mapped(own[0][0])]).chain(localhost).collect()
 }
 
 fn mapped(to: SocketAddr) -> SocketAddr {
@@ -56,15 +60,15 @@ fn numbers(name: &str) -> (u8, u8) {
 
 #[test]
 fn a_connected_udp_socket_is_ended_when_its_endpoint_goes_and_no_other_is() {
-    for flags in [&[][..], &["--socket-lb", "all"]] {
-        let cluster = Cluster::web(Topology::default(), flags);
+    for flags in [LOCALHOST, ["--socket-lb", "all"]] {
+        let cluster = Cluster::web(Topology::default(), &flags);
         let lab = &cluster.lab;
         let mut clients = vec![("the node", lab.host_client(lab.node(1)))];
         if flags.contains(&"all") {
             clients.push(("a pod", lab.client(lab.pod(1, 1))));
         }
         for (name, client) in clients {
-            for to in ways() {
+            for to in ways(&flags) {
                 let what = format!("{flags:?}: {name}, {to}");
                 let sockets: Vec<(UdpSocket, String)> = (0..12)
                     .map(|_| {
@@ -109,11 +113,11 @@ fn a_connected_udp_socket_is_ended_when_its_endpoint_goes_and_no_other_is() {
 
 #[test]
 fn a_udp_socket_that_connected_before_the_service_was_there_is_ended_when_it_comes() {
-    let cluster = Cluster::web(Topology::default(), &[]);
+    let cluster = Cluster::web(Topology::default(), &LOCALHOST);
     let lab = &cluster.lab;
     let client = lab.host_client(lab.node(1));
     lab.manifests().remove("web.json");
-    for to in ways() {
+    for to in ways(&LOCALHOST) {
         client.ask_until(Protocol::Udp, to, SOON, not_answered).unwrap();
         let early = connected(&client, to);
         let [v4, v6] = By::ClusterIp.addresses(99);
@@ -129,14 +133,14 @@ fn a_udp_socket_that_connected_before_the_service_was_there_is_ended_when_it_com
 }
 
 fn not_answered<T>(answer: &io::Result<T>) -> bool {
-    answer.as_ref().is_err_and(|error| error.kind() == ErrorKind::TimedOut)
+    answer.as_ref().is_err_and(|error| [ErrorKind::TimedOut, ErrorKind::ConnectionRefused].contains(&error.kind()))
 }
 
 #[test]
 fn udp_sockets_that_connected_without_an_agent_or_lost_their_endpoint_meanwhile_are_ended_at_its_start() {
     let mut cluster = Cluster::web(Topology::default(), &[]);
     let client = cluster.lab.host_client(cluster.lab.node(1));
-    for to in ways() {
+    for to in ways(&[]) {
         // The programs go on without the agent, and so does what they have translated.
         let kept: Vec<_> = (0..12)
             .map(|_| {

@@ -3,7 +3,7 @@
 
 #![expect(clippy::unwrap_used, reason = "a helper of a test fails as the test does")]
 
-use std::io::Read as _;
+use std::io::{ErrorKind, Read as _};
 use std::net::{IpAddr, Shutdown, SocketAddr, TcpStream};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -312,6 +312,56 @@ fn with_terminate_connections_both_sockets_hear_that_the_endpoint_is_gone_and_no
                 client
                     .ask_until(Protocol::Tcp, to, SOON, |answer| answer.as_ref().is_ok_and(|it| it.by == "p2-1"))
                     .unwrap();
+            }
+        }
+    }
+}
+
+#[test]
+fn with_terminate_connections_sockets_hear_that_their_service_or_its_port_is_gone_and_no_others_do() {
+    for flags in [&["--terminate-connections"][..], &["--terminate-connections", "--socket-lb", "all"]] {
+        let cluster = Cluster::web(Topology { cni_rules: true, ..Topology::default() }, flags);
+        let lab = &cluster.lab;
+        let service = || Service::new("only-tcp").selector("app", "web").dual_stack(NUMBER);
+        let both = || service().node_port("a", "TCP", 80, TARGET, 30_000 + NUMBER).port("b", "TCP", 81, TARGET);
+        let clients = [
+            ("a pod", lab.client(lab.pod(1, 1)), By::ClusterIp),
+            ("the node", lab.host_client(lab.node(1)), By::ClusterIp),
+        ];
+        let outside = ("outside", lab.outside_client(), By::NodePort(1));
+        let askers: Vec<_> = clients.into_iter().chain([outside]).collect();
+        for change in ["the Service goes", "its port goes"] {
+            lab.manifests().write("only-tcp.json", both());
+            let open = |number: u16| -> Vec<(String, TcpStream)> {
+                let each = askers.iter().flat_map(|(name, client, by)| {
+                    by.addresses(number).map(|to| {
+                        client.ask_until(Protocol::Tcp, to, SOON, Result::is_ok).unwrap();
+                        let mut stream = client.connect(to).unwrap();
+                        ask_on(&mut stream).unwrap();
+                        (format!("{flags:?}, {change}: {name}, {to}"), stream)
+                    })
+                });
+                each.collect()
+            };
+            let (goes, mut stays) = (open(NUMBER), open(10));
+            if change == "its port goes" {
+                lab.manifests().write("only-tcp.json", service().port("b", "TCP", 81, TARGET));
+            } else {
+                lab.manifests().remove("only-tcp.json");
+            }
+            let start = Instant::now();
+            for (what, mut stream) in goes {
+                let error = loop {
+                    match ask_on(&mut stream) {
+                        Ok(_) => assert!(start.elapsed() < SOON, "{what}: goes on"),
+                        Err(error) => break error.kind(),
+                    }
+                };
+                let ended = [ErrorKind::ConnectionReset, ErrorKind::ConnectionAborted, ErrorKind::BrokenPipe];
+                assert!(ended.contains(&error), "{what}: {error}");
+            }
+            for (what, stream) in &mut stays {
+                assert!(ask_on(stream).is_ok(), "{what}");
             }
         }
     }

@@ -42,19 +42,20 @@ const CONNECTED: StateFlags = StateFlags::ESTABLISHED
     .union(StateFlags::FIN_WAIT2)
     .union(StateFlags::CLOSE_WAIT);
 
-/// Whether writes may have led connected sockets astray: an endpoint that is gone, another frontend or another address for NodePorts.
+/// Whether writes may have led connected sockets astray: an endpoint that is gone, another frontend or other addresses for NodePorts.
 /// `tcp`: whether TCP connections end with their endpoint. `memory` is what the tables hold once the writes are done.
 #[must_use]
 pub fn concerns(writes: &[Write], tcp: bool, memory: &Memory) -> bool {
     let udp = |key: &FrontendKey| key.proto == protocol::UDP;
     writes.iter().any(|write| match write {
-        Write::Frontend(key, _) | Write::RemoveFrontend(key) => udp(key),
-        // A Service that goes as a whole takes its frontends along.
+        Write::Frontend(key, _) => udp(key),
+        // A Service that goes as a whole takes its frontends along: its endpoints' `service` names nothing any more.
+        Write::RemoveFrontend(key) => udp(key) || tcp && key.proto == protocol::TCP,
         Write::Endpoint(_, endpoint) if endpoint.flags == 0 => {
             let name = memory.services.get(&endpoint.service).and_then(service_name);
             name.is_some_and(|name| name.ends_with("/UDP") || tcp && name.ends_with("/TCP"))
         }
-        Write::NodeAddress(..) => true,
+        Write::NodeAddress(..) | Write::RemoveNodeAddress(_) => true,
         Write::Endpoint(..)
         | Write::Slots(..)
         | Write::Service(..)
@@ -69,7 +70,6 @@ pub fn concerns(writes: &[Write], tcp: bool, memory: &Memory) -> bool {
         | Write::RemoveLocalCidr(_)
         | Write::ServiceCidr(_)
         | Write::RemoveServiceCidr(_)
-        | Write::RemoveNodeAddress(_)
         | Write::Device(..)
         | Write::RemoveDevice(_)
         | Write::Settings(_) => false,
