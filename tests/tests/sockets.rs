@@ -178,6 +178,30 @@ fn node_ports_answer_on_localhost_where_the_mode_has_them() {
 }
 
 #[test]
+fn a_socket_bound_to_localhost_reaches_only_endpoints_of_the_node_itself() {
+    let cluster = cluster(&["--proxy-mode", "iptables"]);
+    let node = cluster.lab.host_client(cluster.lab.node(1));
+    let localhost = Some(SocketAddr::from(([127, 0, 0, 1], 0)));
+    for (number, endpoint) in KINDS {
+        let to = SocketAddr::from(([127, 0, 0, 1], 30_000 + number));
+        let tcp = || connect_tcp(localhost, to, TIMEOUT).and_then(|mut stream| ask_on(&mut stream));
+        let udp = || udp_for(localhost, to, TIMEOUT).and_then(|socket| ask_datagram(&socket, to));
+        for seen in [node.netns().run(tcp), node.netns().run(udp)] {
+            match seen {
+                Ok(answer) => assert_eq!((&*answer.by, endpoint), ("node1", "node1")),
+                Err(error) => {
+                    assert_eq!(
+                        (error.kind(), endpoint == "node1"),
+                        (ErrorKind::InvalidInput, false),
+                        "{endpoint}: {error}"
+                    );
+                }
+            }
+        }
+    }
+}
+
+#[test]
 fn source_ranges_judge_a_pod_by_its_own_address() {
     const NUMBER: u16 = 21;
     for flags in [&[][..], &["--socket-lb", "all"]] {
