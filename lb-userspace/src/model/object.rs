@@ -223,6 +223,10 @@ impl Service {
     pub fn shrink(&mut self, interner: &mut Interner) {
         self.metadata.name = self.metadata.namespaced().shared(interner);
         self.metadata.annotations = Annotations::default();
+        // A family's ClusterIP is the one at its index (`GetClusterIPByFamily` in kube-proxy).
+        if !self.spec.ip_families.is_empty() {
+            self.spec.cluster_ips.truncate(self.spec.ip_families.len());
+        }
         self.spec.ip_families = Vec::new();
         if self.spec.cluster_ips.first() == self.spec.cluster_ip.as_ref() {
             self.spec.cluster_ip = None;

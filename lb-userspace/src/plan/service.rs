@@ -125,7 +125,8 @@ impl Reader<'_> {
         cluster_ips.into_iter().map(family).collect()
     }
 
-    /// The ClusterIPs, one a family: the first of each.
+    /// The ClusterIPs, one a family: the first of each. A manifest without `ipFamilies` has those of its ClusterIPs, as the API server would
+    /// give it.
     fn cluster_ips(&mut self) -> Vec<IpAddr> {
         let spec = &self.service.spec;
         let fields: Vec<(String, &str)> = if spec.cluster_ips.is_empty() {

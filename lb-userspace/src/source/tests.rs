@@ -143,6 +143,21 @@ fn null_is_the_empty_value() {
 }
 
 #[test]
+fn a_cluster_ip_beyond_the_families_is_no_ones() {
+    for (families, expected) in [("[]", 2), (r#"["IPv6"]"#, 1), (r#"["IPv6","IPv4"]"#, 2)] {
+        let text = format!(
+            r#"{{"kind":"Service","apiVersion":"v1","metadata":{{"name":"a"}},
+            "spec":{{"clusterIPs":["fd00::1","10.0.0.1"],"ipFamilies":{families},"ports":[{{"port":1}}]}}}}"#
+        );
+        let dir = TempDir::new().unwrap();
+        fs::write(dir.path().join("a.json"), text).unwrap();
+        let update = read_all(dir.path()).unwrap();
+        let [Change::Upsert(Object::Service(service))] = &update.changes[..] else { panic!("{families}: {update:?}") };
+        assert_eq!(service.spec.cluster_ips, ["fd00::1", "10.0.0.1"][..expected], "{families}");
+    }
+}
+
+#[test]
 fn bad_fields_are_reported_with_their_place_and_a_remedy() {
     let service =
         |spec: &str| format!(r#"{{"kind":"Service","apiVersion":"v1","metadata":{{"name":"a"}},"spec":{spec}}}"#);

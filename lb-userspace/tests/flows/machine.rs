@@ -12,7 +12,7 @@ use std::{
 
 use aya::maps::{HashMap, Map, MapData};
 use fairlead::{
-    image::{GRACE, Image},
+    image::{GRACE, Image, Write},
     kernel::{Kernel, Options, SocketLb, devices::watch::Watch, folder},
     model::{Change, Object},
     pipeline::Pipeline,
@@ -93,12 +93,7 @@ impl Machine {
         self.pipeline = Some(pipeline);
         self.change(case, mode, objects.into_iter().map(Change::Upsert).collect());
         let writes = self.pipeline.as_mut().unwrap().sweep(self.now);
-        self.kernel.apply(&writes).unwrap();
-        assert!(
-            self.kernel.memory().unwrap() == *self.image().memory(),
-            "{}: the tables are those of the image",
-            case.id
-        );
+        self.apply(case, &writes);
     }
 
     /// Changes come.
@@ -112,8 +107,14 @@ impl Machine {
             watch.snapshot().device_rows(&pipeline.view().primary, |name| detector.takes_interface(name))
         });
         writes.extend(pipeline.image_mut().set_devices(&rows));
-        self.kernel.apply(&writes).unwrap();
+        self.apply(case, &writes);
         assert_eq!(self.kernel.statistics().growths, 0, "the programs are those of the first tables");
+    }
+
+    fn apply(&mut self, case: &Case, writes: &[Write]) {
+        self.kernel.apply(writes).unwrap();
+        let is_image = self.kernel.memory().unwrap() == *self.image().memory();
+        assert!(is_image, "{}: the tables are those of the image", case.id);
     }
 
     /// Where things are pinned.
