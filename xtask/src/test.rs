@@ -134,6 +134,8 @@ fn run_program(program: &Program, filter: Option<&str>, tally: &mut Tally) -> Re
     if let Some(path) = workspace::path_with_tools() {
         command.env("PATH", path);
     }
+    // Some say how much they have tried, and whoever reads a run should see it.
+    command.arg("--show-output");
     if program.package == "tests" {
         // One cluster at a time: times are measured in them, on few cores.
         command.arg("--test-threads=1");
