@@ -313,7 +313,9 @@ impl Agent {
                 Kind::EndpointSlice | Kind::Pod => self.serve.metrics().endpoints_changed(),
                 Kind::Node | Kind::ServiceCidr => {}
             }
-            if self.pipeline.take(change) {
+            // What comes before the first list is complete waits for the rest of that, which is not late (kube-proxy's proxiers queue
+            // nothing before they are initialized): starting again would not bring it sooner.
+            if self.pipeline.take(change) && self.begun {
                 self.serve.health().taken(now);
             }
         }

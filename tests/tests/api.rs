@@ -11,7 +11,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 use tests::cluster::{By, TARGET, addressed, load_balancer, own_addresses, refused, web};
 use tests::control_plane::Api;
-use tests::manifest::{PodObject, Service, SliceEndpoint, endpoint_slice};
+use tests::manifest::{PodObject, Service, SliceEndpoint, endpoint_slice, node_object};
 use tests::traffic::client::ask_on;
 use tests::traffic::http;
 use tests::{Agent, ControlPlane, Lab, Pod, Protocol, Server, Topology};
@@ -200,6 +200,25 @@ fn a_node_that_is_deleted_gets_no_new_connections_also_after_a_restart() {
     world.agents[0].spawn().unwrap();
     // It is alive all the time, though nothing may be written for half a minute (`kube-proxy.md` §12).
     world.expect_health([Some(503), Some(200)], "an agent that never saw the Node");
+}
+
+#[test]
+fn an_agent_that_waits_for_its_node_is_alive_however_long_that_takes() {
+    let world = World::new(1);
+    let node = world.lab.node(1);
+    world.api.delete(&format!("/api/v1/nodes/{}", node.name));
+    let flags = ["--proxy-mode=iptables", "--iptables-sync-period=1s"];
+    let mut agent = Agent::spawn_on_api_server(&world.lab, node, &world.plane.kubeconfig("proxy"), &flags).unwrap();
+    world.expect_health([Some(503), Some(200)], "it waits");
+    // What is not done after two periods is late.
+    let start = Instant::now();
+    while start.elapsed() < Duration::from_secs(5) {
+        assert_eq!(world.health(), [Some(503), Some(200)], "after {:?}", start.elapsed());
+        thread::sleep(Duration::from_millis(100));
+    }
+    world.api.put(node_object(node));
+    agent.wait_ready(RETURN).unwrap();
+    world.expect_health([Some(200), Some(200)], "its Node is there");
 }
 
 #[test]
