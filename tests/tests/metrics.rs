@@ -9,11 +9,11 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use serde_json::json;
-use tests::cluster::{TARGET, addressed, web};
+use tests::cluster::{By, Cluster, TARGET, addressed, web};
 use tests::kube_proxy::{CLUSTER_CIDR, KubeProxy};
 use tests::manifest::{PodObject, Service};
 use tests::traffic::http::ask;
-use tests::{Agent, Client, ControlPlane, Lab, Netns, Topology};
+use tests::{Agent, Client, ControlPlane, Lab, Netns, Protocol, Topology};
 
 const SERVICES: &str = "/api/v1/namespaces/default/services";
 const PODS: &str = "/api/v1/namespaces/default/pods";
@@ -132,6 +132,73 @@ fn compare(mode: &str) {
         }
         assert!(start.elapsed() < Duration::from_secs(45), "{mode}:\n{}", wrong.join("\n"));
         thread::sleep(Duration::from_secs(1));
+    }
+}
+
+/// Who asks Service `web` on node 1 how often, over TCP and over UDP, at one address of each family.
+const ASKED: [(&str, By, u16, u16); 3] =
+    [("a pod", By::ClusterIp, 5, 7), ("the node", By::ClusterIp, 3, 4), ("outside", By::NodePort(1), 2, 3)];
+
+#[test]
+fn connections_packets_and_bytes_of_a_service_port_are_counted_unless_a_flag_says_no() {
+    for flags in [&[][..], &["--service-metrics=false"]] {
+        let cluster = Cluster::web(Topology::default(), flags);
+        let lab = &cluster.lab;
+        for (who, by, tcp, udp) in ASKED {
+            let client = match who {
+                "a pod" => lab.client(lab.pod(1, 1)),
+                "the node" => lab.host_client(lab.node(1)),
+                _ => lab.outside_client(),
+            };
+            for to in by.addresses(10) {
+                (0..tcp).for_each(|_| _ = client.ask(Protocol::Tcp, to).unwrap());
+                (0..udp).for_each(|_| _ = client.ask(Protocol::Udp, to).unwrap());
+            }
+        }
+        let page = Page::of(&lab.node(1).netns);
+        let value = |series: &str| *page.values.get(series).unwrap_or_else(|| panic!("{series} is missing"));
+        let at_least = |series: &str, least: f64| assert!(value(series) >= least, "{series} {}", value(series));
+        at_least(r#"fairlead_packets_total{reason="new_flow",verdict="translate"}"#, 34.0);
+        at_least(r#"fairlead_packets_total{reason="established",verdict="translate"}"#, 34.0);
+        at_least(r#"fairlead_map_entries{map="FLOWS"}"#, 34.0);
+        at_least(r#"fairlead_map_max_entries{map="FLOWS"}"#, value(r#"fairlead_map_entries{map="FLOWS"}"#));
+        assert_eq!(value(r#"fairlead_map_evictions_total{map="FLOWS"}"#), 0.0);
+        for family in ["IPv4", "IPv6"] {
+            let used = value(&format!(r#"fairlead_masquerade_ports_used{{ip_family="{family}"}}"#));
+            assert!(
+                (1.0..=17.0).contains(&used),
+                "{family}: {used}; 5 from outside, and what comes back of the pod's 12"
+            );
+        }
+        if !flags.is_empty() {
+            let counted: Vec<_> = page.values.keys().filter(|series| series.starts_with("fairlead_service_")).collect();
+            assert!(counted.is_empty(), "{counted:?}");
+            continue;
+        }
+        let of = |protocol: &str| {
+            format!(
+                r#"namespace="default",port_name="{}",protocol="{protocol}",service="web""#,
+                protocol.to_lowercase()
+            )
+        };
+        assert_eq!(value(&format!("fairlead_service_connections_total{{{}}}", of("TCP"))), 20.0);
+        assert_eq!(value(&format!("fairlead_service_connections_total{{{}}}", of("UDP"))), 28.0);
+        for direction in ["request", "reply"] {
+            let [packets, bytes] = ["packets", "bytes"].map(|what| {
+                move |protocol: &str| {
+                    format!(r#"fairlead_service_{what}_total{{direction="{direction}",{}}}"#, of(protocol))
+                }
+            });
+            // SYN or its answer, what is said, FIN, at 40 bytes at least.
+            at_least(&packets("TCP"), 14.0 * 3.0);
+            at_least(&bytes("TCP"), 40.0 * value(&packets("TCP")));
+            assert_eq!(value(&packets("UDP")), 20.0, "{direction}: those of the node's own sockets are not seen");
+        }
+        // "who", behind headers of 28 and of 48 bytes.
+        assert_eq!(
+            value(&format!(r#"fairlead_service_bytes_total{{direction="request",{}}}"#, of("UDP"))),
+            10.0 * (31.0 + 51.0)
+        );
     }
 }
 

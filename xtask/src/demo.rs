@@ -19,7 +19,7 @@ use crate::setup;
 use crate::workspace;
 
 /// How to show it.
-#[derive(Args)]
+#[derive(Args, Default)]
 pub struct Options {
     /// Leave the cluster up at the end and print commands to explore it; Ctrl-C removes it
     #[arg(long)]

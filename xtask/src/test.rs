@@ -13,6 +13,7 @@ use tests::residue;
 
 use crate::check;
 use crate::cluster;
+use crate::demo;
 use crate::fuzz;
 use crate::interrupt;
 use crate::process;
@@ -82,6 +83,7 @@ fn run_all(options: &Options, start: Instant) -> Result<ExitCode> {
     }
     run_doc_tests(options, &mut tally)?;
     look_at_object(options, &mut tally)?;
+    run_demo(options, &mut tally)?;
     run_fuzzers(options, &mut tally)?;
     look_for_residue(&mut tally)?;
 
@@ -190,6 +192,26 @@ fn look_at_object(options: &Options, tally: &mut Tally) -> Result<()> {
                 println!("{error:#}");
                 tally.fail(format!("object::{}", name.replace(' ', "_")));
             }
+        }
+    }
+    Ok(())
+}
+
+/// The demonstration shows what it says, and cleans up.
+fn run_demo(options: &Options, tally: &mut Tally) -> Result<()> {
+    if options.filter.is_some() || options.package.is_some() {
+        return Ok(());
+    }
+    interrupt::check()?;
+    println!("\n=== demo");
+    match demo::run(&demo::Options::default()) {
+        Ok(_) => {
+            println!("test demo ... ok");
+            tally.passed += 1;
+        }
+        Err(error) => {
+            println!("{error:#}");
+            tally.fail("demo".to_owned());
         }
     }
     Ok(())
