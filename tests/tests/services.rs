@@ -396,23 +396,32 @@ fn a_udp_client_follows_when_its_endpoint_goes_and_when_endpoints_come() {
 
 #[test]
 fn streams_of_a_gigabyte_and_requests_of_64_kib_arrive_unbroken() {
-    let cluster = Cluster::web(Topology { cni_rules: true, ..Topology::default() }, &[]);
+    send_much(Wiring::Ptp, 1 << 30);
+    for netfilter in [false, true] {
+        send_much(Wiring::Bridge { hairpin_mode: true, netfilter }, 64 << 20);
+    }
+}
+
+/// Sends streams of so many bytes to `web` by ClusterIP and NodePort, and much else.
+fn send_much(wiring: Wiring, bytes: u64) {
+    let cluster = Cluster::web(Topology { wiring, cni_rules: true, ..Topology::default() }, &[]);
     let lab = &cluster.lab;
     let cases =
         [("a pod", lab.client(lab.pod(1, 1)), By::ClusterIp), ("outside", lab.outside_client(), By::NodePort(1))];
     for (name, client, by) in cases {
         let client = client.with_timeout(Duration::from_secs(20));
         for to in by.addresses(10) {
-            upload(&mut client.connect(to).unwrap(), 1 << 30, 5).unwrap_or_else(|error| panic!("{name} {to}: {error}"));
-            client.stream(to, 64 << 20).unwrap_or_else(|error| panic!("{name} {to}: {error}"));
+            let what = format!("{wiring:?}: {name} {to}");
+            upload(&mut client.connect(to).unwrap(), bytes, 5).unwrap_or_else(|error| panic!("{what}: {error}"));
+            client.stream(to, 64 << 20).unwrap_or_else(|error| panic!("{what}: {error}"));
             for _ in 0..4 {
-                client.echo(to, 64 * 1024, 200).unwrap_or_else(|error| panic!("{name} {to}: {error}"));
-                client.echo_datagrams(to, 1200, 200).unwrap_or_else(|error| panic!("{name} {to}: {error}"));
+                client.echo(to, 64 * 1024, 200).unwrap_or_else(|error| panic!("{what}: {error}"));
+                client.echo_datagrams(to, 1200, 200).unwrap_or_else(|error| panic!("{what}: {error}"));
             }
         }
     }
     for node in &lab.nodes {
-        assert_eq!(lab.cni_counter(node, "invalid"), 0, "INVALID packets on {}", node.name);
+        assert_eq!(lab.cni_counter(node, "invalid"), 0, "{wiring:?}: INVALID packets on {}", node.name);
     }
 }
 
