@@ -132,6 +132,29 @@ fn a_udp_socket_that_connected_before_the_service_was_there_is_ended_when_it_com
     }
 }
 
+#[test]
+fn a_connected_udp_socket_by_a_node_port_is_ended_when_the_nodes_address_goes() {
+    let cluster = Cluster::web(Topology::default(), &["--nodeport-addresses", "0.0.0.0/0,::/0"]);
+    let lab = &cluster.lab;
+    let client = lab.host_client(lab.node(1));
+    for (address, to, other) in [
+        ("10.99.0.77/24", "10.99.0.77:30010", By::NodePort(1).addresses(10)[0]),
+        ("fd00:99::77/64", "[fd00:99::77]:30010", By::NodePort(1).addresses(10)[1]),
+    ] {
+        let to: SocketAddr = to.parse().unwrap();
+        let change = |verb: &str| lab.node(1).netns.ip(&[format!("address {verb} {address} dev eth0")]).unwrap();
+        change("add");
+        client.ask_until(Protocol::Udp, to, SOON, Result::is_ok).unwrap();
+        let [goes, stays] = [to, other].map(|to| (connected(&client, to), to));
+        for (socket, to) in [&goes, &stays] {
+            ask_datagram(socket, *to).unwrap();
+        }
+        change("delete");
+        wait_end(&goes.0, &format!("{to}"));
+        assert_eq!(stays.0.peer_addr().unwrap(), other, "by an address that stays");
+    }
+}
+
 fn not_answered<T>(answer: &io::Result<T>) -> bool {
     answer.as_ref().is_err_and(|error| [ErrorKind::TimedOut, ErrorKind::ConnectionRefused].contains(&error.kind()))
 }
