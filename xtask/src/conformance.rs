@@ -180,14 +180,14 @@ fn run_specs(options: &Options, proxy: Proxy, mode: Mode, binary: Option<&Path>)
     }
     println!("  {} of {} Ready after {:.0} s", kubelets.len(), lab.nodes.len(), start.elapsed().as_secs_f32());
     let mut specs = specs::run(&plane, &focus(options), options.nodes(), &logs);
-    // Whatever became of them, how it looked from the proxies is kept.
-    keep_logs(&lab.folder().join("log"), &logs)?;
     // kubeadm's has no volume in which the data plane outlives its container.
     if let Some((DaemonSet::Own, _)) = daemon_set
         && let Ok(specs) = &mut specs
     {
         specs.push(rollout::run(&lab, &plane, DaemonSet::Own));
     }
+    // Whatever became of them, how it looked from the proxies is kept.
+    keep_logs(&lab.folder().join("log"), &logs)?;
     drop(running);
     drop(kubelets);
     specs
