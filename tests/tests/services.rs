@@ -412,7 +412,8 @@ fn send_much(wiring: Wiring, bytes: u64) {
         let client = client.with_timeout(Duration::from_secs(20));
         for to in by.addresses(10) {
             let what = format!("{wiring:?}: {name} {to}");
-            upload(&mut client.connect(to).unwrap(), bytes, 5).unwrap_or_else(|error| panic!("{what}: {error}"));
+            let stream = client.connect(to).and_then(|mut stream| upload(&mut stream, bytes, 5));
+            stream.unwrap_or_else(|error| panic!("{what}: {error}"));
             client.stream(to, 64 << 20).unwrap_or_else(|error| panic!("{what}: {error}"));
             for _ in 0..4 {
                 client.echo(to, 64 * 1024, 200).unwrap_or_else(|error| panic!("{what}: {error}"));
